@@ -1,0 +1,5 @@
+"""``python -m freezeplan``: the same as the command ``freezeplan``."""
+
+from freezeplan.cli import main
+
+main()

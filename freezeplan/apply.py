@@ -1,0 +1,296 @@
+"""Resolution -> flags, modes, pins and optimizer groups of a model: plain functions, the only ones that change it.
+
+Frozen means the same function: parameters *and* buffers are bit-identical afterwards, whatever loop runs. No module is
+swapped and no hook is registered: hooks on a subtree are passed by when a model calls its parts in another way
+(``forward_intermediates``, gradient checkpointing), a module's own ``training`` flag is not.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from freezeplan import names, zoo
+from freezeplan.errors import ApplyError, ModelError
+from freezeplan.resolve import Group, Resolution
+
+Scheduler = Literal["torch", "timm"]
+
+
+class Pin:
+    """What stands in for ``train`` on a module that must stay in eval.
+
+    It empties timm's caches of derived values, as timm's own ``train`` does, and it can be copied and pickled together
+    with the module that it belongs to.
+    """
+
+    __slots__ = ("module", "whole")
+
+    def __init__(self, module: nn.Module, whole: bool):
+        self.module = module
+        self.whole = whole
+        """Whether everything below stays in eval too; otherwise the mode is passed on."""
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        """Set the modes of the module and of what is below, as ``nn.Module.train`` would, and stay in eval."""
+        module = self.module
+        type(module).train(module, mode and not self.whole)
+        module.training = False
+        for part in module.modules() if self.whole else (module,):
+            _empty_cache(part)
+        return module
+
+
+def _empty_cache(module: nn.Module) -> None:
+    cache = getattr(module, "attention_bias_cache", None)
+    if isinstance(cache, dict):
+        cache.clear()
+
+
+@dataclass(frozen=True)
+class Before:
+    """The flags and modes of a model before a plan was applied, by name."""
+
+    requires_grad: Mapping[str, tuple[bool, ...]]
+    training: Mapping[str, tuple[bool, ...]]
+
+
+def remember(model: nn.Module) -> Before:
+    """Return the flags and modes of a model, for ``restore``. Changes nothing."""
+    return Before(
+        {name: tuple(p.requires_grad for p in found) for name, found in names.parameters(model).items()},
+        {name: tuple(m.training for m in found) for name, found in names.modules(model).items()},
+    )
+
+
+def restore(model: nn.Module, before: Before) -> None:
+    """Set flags and modes as they were, take pins away and clear gradients. Values stay as they are.
+
+    What was added to the model in the meantime keeps its own flags.
+    """
+    unpin(model)
+    for name, parameters in names.parameters(model).items():
+        for parameter, flag in zip(parameters, before.requires_grad.get(name, ()), strict=False):
+            parameter.requires_grad_(flag)
+        for parameter in parameters:
+            parameter.grad = None
+    for name, found in names.modules(model).items():
+        for module, training in zip(found, before.training.get(name, ()), strict=False):
+            module.training = training
+            _empty_cache(module)
+
+
+def set_flags(model: nn.Module, resolution: Resolution) -> None:
+    """Set ``requires_grad`` of every parameter, and clear the gradient of what is frozen.
+
+    A gradient left behind would move the weight: ``zero_grad(set_to_none=False)`` keeps it alive, and momentum or
+    weight decay then act on it.
+    """
+    live = names.parameters(model)
+    for row in resolution.rows:
+        for parameter in _lookup(live, row.name):
+            parameter.requires_grad_(not row.frozen)
+            if row.frozen:
+                parameter.grad = None
+
+
+def pin(model: nn.Module, resolution: Resolution) -> None:
+    """Put what the resolution holds in eval there, so that ``model.train()`` leaves it there.
+
+    Each largest subtree that is all in eval gets one pin; a module in eval above others in train gets one for itself.
+    """
+    held = {id(m) for name, found in names.modules(model).items() if resolution.modes[name] == "eval" for m in found}
+    seen: set[int] = set()
+
+    def visit(module: nn.Module) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        whole = all(id(part) in held for part in module.modules())
+        if whole or id(module) in held:
+            _set_pin(module, whole)
+        if not whole:
+            for child in module.children():
+                visit(child)
+
+    visit(model)
+
+
+def _set_pin(module: nn.Module, whole: bool) -> None:
+    module.__dict__["train"] = Pin(module, whole)
+    if whole:
+        module.train(False)
+    else:  # this module alone: the modes below are not this pin's business
+        module.training = False
+        _empty_cache(module)
+
+
+def unpin(model: nn.Module) -> None:
+    """Take every pin away; modes stay as they are."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("train"), Pin):
+            del module.__dict__["train"]
+
+
+def param_groups(
+    model: nn.Module, resolution: Resolution, *, lr: float | None, weight_decay: float | None, scheduler: Scheduler
+) -> list[dict[str, Any]]:
+    """Build the optimizer's groups from the parameters that the model has now.
+
+    Args:
+        model: The model.
+        resolution: What the plan means for it.
+        lr: Base learning rate; None: the groups carry none.
+        weight_decay: Base weight decay; None: only groups without decay carry it, as 0.0.
+        scheduler: ``torch``: ``lr`` is the base rate times the multiplier. ``timm``: ``lr`` is the base rate and
+            ``lr_scale`` the multiplier, which timm's schedulers apply. Never both.
+
+    Returns:
+        One dict for each group with ``params``, ``param_names``, ``name``, ``lr_mult`` and what was said above.
+
+    Raises:
+        ApplyError: If the groups need a base rate or a base decay that was not given, or a parameter is gone.
+    """
+    rates = sorted({group.lr_mult for group in resolution.groups})
+    if lr is None and scheduler == "torch" and rates != [1.0]:
+        raise ApplyError(
+            f"this plan trains at {_listed(rates)} times the learning rate, and no lr was given",
+            notes=["apply_plan(model, plan, lr=1e-3), or scheduler='timm' with a scheduler of timm"],
+        )
+    decays = sorted({group.wd_mult for group in resolution.groups} - {0.0, 1.0})
+    if weight_decay is None and decays:
+        raise ApplyError(
+            f"this plan has wd_mult {_listed(decays)}, and no weight_decay was given",
+            notes=["apply_plan(model, plan, lr=1e-3, weight_decay=0.05)"],
+        )
+    live = names.parameters(model)
+    return [_entry(group, live, lr, weight_decay, scheduler) for group in resolution.groups]
+
+
+def _listed(numbers: list[float]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers)
+
+
+def _entry(
+    group: Group,
+    live: Mapping[str, list[nn.Parameter]],
+    lr: float | None,
+    weight_decay: float | None,
+    scheduler: Scheduler,
+) -> dict[str, Any]:
+    named = [(name, parameter) for name in group.tensors for parameter in _lookup(live, name)]
+    entry: dict[str, Any] = {
+        "params": [parameter for _, parameter in named],
+        "param_names": [name for name, _ in named],
+        "name": group.name,
+        "lr_mult": group.lr_mult,
+    }
+    if scheduler == "timm":
+        entry["lr_scale"] = group.lr_mult
+    if lr is not None:
+        entry["lr"] = lr * group.lr_mult if scheduler == "torch" else lr
+    if group.wd_mult == 0.0:
+        entry["weight_decay"] = 0.0
+    elif weight_decay is not None:
+        entry["weight_decay"] = weight_decay * group.wd_mult
+    return entry
+
+
+def _lookup(live: Mapping[str, list[nn.Parameter]], name: str) -> list[nn.Parameter]:
+    if name not in live:
+        raise ApplyError(
+            f"the parameter {name!r} is no longer in the model", notes=["apply the plan again with replace=True"]
+        )
+    return live[name]
+
+
+@torch.no_grad()
+def reinitialise(model: nn.Module, resolution: Resolution, seed: int) -> None:
+    """Give what the plan says ``reinit`` the values of a freshly created model, and its modules' buffers with it.
+
+    timm models are created anew (``freezeplan.zoo.fresh``). Other models need ``reset_parameters`` on every module
+    concerned, and all of its parameters must be asked for.
+
+    Args:
+        model: Changed in place.
+        resolution: Says what.
+        seed: Seed; the caller's random state is not touched.
+
+    Raises:
+        ModelError: If the fresh model does not fit, or a module cannot be initialised again.
+    """
+    wanted = {row.name for row in resolution.rows if row.reinit}
+    if not wanted:
+        return
+    model = names.unwrap(model)
+    source = zoo.fresh(model, seed) if zoo.is_timm(model) else _reset(model, wanted, seed)
+    new, old = names.parameters(source), names.parameters(model)
+    for name in sorted(wanted):
+        fits = name in new and [p.shape for p in new[name]] == [p.shape for p in old[name]]
+        if not fits:
+            fresh = [tuple(p.shape) for p in new[name]] if name in new else "nothing of that name"
+            here = [tuple(p.shape) for p in old[name]]
+            raise ModelError(
+                f"cannot reinit {name!r}: a fresh {zoo.title(model)} has {fresh}, this model {here}",
+                notes=["the model was changed after it was created; say reinit: false for what was changed"],
+            )
+    for name in wanted:
+        for target, value in zip(old[name], new[name], strict=True):
+            target.copy_(value)
+    _copy_buffers(model, source, {name for name, rows in _rows_below(resolution).items() if rows <= wanted})
+
+
+def _rows_below(resolution: Resolution) -> dict[str, set[str]]:
+    """Module name -> names of the tensors below it, for modules that have any."""
+    below: dict[str, set[str]] = {}
+    for row in resolution.rows:
+        for name in (row.name, *row.aliases):
+            while name:
+                name = names.owner(name)
+                below.setdefault(name, set()).add(row.name)
+    return below
+
+
+def _copy_buffers(model: nn.Module, source: nn.Module, reinitialised: set[str]) -> None:
+    """Statistics start anew with their module: where all parameters of it, or of the nearest above with any, do."""
+    new = names.buffers(source)
+    own = set(_with_parameters(model))
+    for name, found in names.buffers(model).items():
+        module = names.owner(name)
+        while module and module not in own:
+            module = names.owner(module)
+        if module in reinitialised and name in new:
+            for target, value in zip(found, new[name], strict=True):
+                target.copy_(value)
+
+
+def _with_parameters(model: nn.Module) -> Iterable[str]:
+    return (name for name, found in names.modules(model).items() if any(True for m in found for _ in m.parameters()))
+
+
+def _reset(model: nn.Module, wanted: set[str], seed: int) -> nn.Module:
+    """A copy of a model that is not timm's, with the modules concerned initialised by their ``reset_parameters``."""
+    fresh = copy.deepcopy(model)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for name, found in names.modules(fresh).items():
+            own = {f"{name}.{key}" if name else key for key, _ in found[-1].named_parameters(recurse=False)}
+            if not own & wanted:
+                continue
+            if not own <= wanted or not hasattr(found[-1], "reset_parameters"):
+                raise ModelError(
+                    f"cannot reinit {min(own & wanted)!r}: "
+                    + (
+                        f"{type(found[-1]).__name__} has no reset_parameters"
+                        if own <= wanted
+                        else f"reset_parameters would also change {min(own - wanted)!r}"
+                    ),
+                    notes=["for models that are not timm's, reinit works on whole modules that have reset_parameters"],
+                )
+            found[-1].reset_parameters()  # type: ignore[operator]
+    return fresh

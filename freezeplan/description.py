@@ -1,0 +1,120 @@
+"""A model as data: names, shapes, classes and what timm knows of them. No tensors, no torch.
+
+``freezeplan.zoo.describe`` writes it; selecting and resolving read it, so that both are pure and work for a model that
+was only created on the meta device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One parameter; tied weights are one tensor with several names."""
+
+    name: str
+    """Canonical dotted name: without ``module.``, ``_orig_mod.`` and the like."""
+    shape: tuple[int, ...]
+    module: str
+    """Name of the module that owns it; empty for the root."""
+    aliases: tuple[str, ...] = ()
+    """Further names of the same tensor."""
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of its names, the first one first."""
+        return (self.name, *self.aliases)
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module, the root included under the empty name."""
+
+    name: str
+    types: tuple[str, ...]
+    """Class name, then the names of its bases."""
+    aliases: tuple[str, ...] = ()
+    """Further names of the same module object."""
+    random: str = ""
+    """What it draws at random in train mode, such as ``Dropout p=0.5``; empty if nothing."""
+    caches: bool = False
+    """Whether it caches trained values while in eval (timm's ``attention_bias_cache``)."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of its names, the first one first."""
+        return (self.name, *self.aliases)
+
+
+@dataclass(frozen=True)
+class Description:
+    """All that a plan can ask of a model.
+
+    Examples:
+        >>> modules = (Module("", ("Toy",)), Module("fc", ("Linear",)))
+        >>> model = Description("toy", (Tensor("fc.weight", (2, 3), "fc"),), modules)
+        >>> [tensor.elements for tensor in model.tensors]
+        [6]
+        >>> sorted(model.below["fc"])
+        ['fc.weight']
+    """
+
+    model: str
+    """What the model is called in reports: timm's architecture, or the class."""
+    tensors: tuple[Tensor, ...]
+    modules: tuple[Module, ...]
+    roles: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Role -> names of the tensors that have it, and of modules that have it without owning a tensor."""
+    unknown: Mapping[str, str] = field(default_factory=dict)
+    """Role -> why this model has no such role, one sentence with what to do."""
+    no_decay: frozenset[str] = frozenset()
+    """Tensors without weight decay by timm's rule: one dimension or none, biases, ``no_weight_decay()``."""
+
+    @cached_property
+    def own(self) -> Mapping[str, tuple[str, ...]]:
+        """Module name -> names of the tensors that it owns itself."""
+        own: dict[str, tuple[str, ...]] = {module.name: () for module in self.modules}
+        for tensor in self.tensors:
+            own[tensor.module] = (*own.get(tensor.module, ()), tensor.name)
+        return own
+
+    @cached_property
+    def below(self) -> Mapping[str, frozenset[str]]:
+        """Module name -> names of the tensors that it or a module below it owns, under any of their names."""
+        below: dict[str, set[str]] = {name: set() for module in self.modules for name in module.names}
+        for tensor in self.tensors:
+            for name in tensor.names:
+                for prefix in ("", *prefixes(name)):
+                    below.setdefault(prefix, set()).add(tensor.name)
+        return {name: frozenset(tensors) for name, tensors in below.items()}
+
+    @cached_property
+    def top(self) -> Mapping[str, int]:
+        """First component of the names -> number of tensors, in the model's order."""
+        top: dict[str, int] = {}
+        for tensor in self.tensors:
+            first = tensor.name.partition(".")[0]
+            top[first] = top.get(first, 0) + 1
+        return top
+
+
+def prefixes(name: str) -> Iterator[str]:
+    """Yield the names of the modules above a dotted name, outermost first, without the root.
+
+    Examples:
+        >>> list(prefixes("layer1.0.conv1.weight"))
+        ['layer1', 'layer1.0', 'layer1.0.conv1']
+    """
+    end = name.find(".")
+    while end >= 0:
+        yield name[:end]
+        end = name.find(".", end + 1)

@@ -1,0 +1,63 @@
+"""What a plan may say and probably does not mean: sentences that fail nothing. Pure, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+from freezeplan.description import Description
+from freezeplan.plan import Plan
+from freezeplan.select import escaped, match_tensors
+
+_TINY = 0.01
+
+
+def find_hints(
+    plan: Plan, model: Description, lr_mult: Mapping[str, float], frozen: Collection[str]
+) -> tuple[str, ...]:
+    """Return one sentence for each thing that is allowed and probably not meant.
+
+    Args:
+        plan: The plan.
+        model: The model that it was resolved on.
+        lr_mult: Trained tensor -> its multiplier.
+        frozen: The frozen tensors.
+
+    Examples:
+        >>> from freezeplan.description import Tensor
+        >>> toy = Description("toy", (Tensor("fc.weight", (1,), "fc"),), ())
+        >>> plan = Plan(version=1, rules=[{"match": "fc", "lr_mult": 0.0001}])
+        >>> find_hints(plan, toy, {"fc.weight": 0.0001}, ())[0]
+        'every lr_mult is below 0.01: it multiplies lr; for a rate of 1e-4 at lr 5e-4 write 0.2'
+    """
+    return (*_tiny(lr_mult), *_bare_dots(plan, model), *_head_alone(plan, model, frozen))
+
+
+def _tiny(lr_mult: Mapping[str, float]) -> Iterator[str]:
+    if lr_mult and max(lr_mult.values()) < _TINY:
+        yield f"every lr_mult is below {_TINY}: it multiplies lr; for a rate of 1e-4 at lr 5e-4 write 0.2"
+
+
+def _bare_dots(plan: Plan, model: Description) -> Iterator[str]:
+    for index, rule in enumerate(plan.rules):
+        for pattern in rule.match or ():
+            strict = escaped(pattern)
+            if strict == pattern:
+                continue
+            loose, exact = match_tensors([pattern], model), match_tensors([strict], model)
+            if loose != exact:
+                extra = next(tensor.name for tensor in model.tensors if tensor.name in loose - exact)
+                yield (
+                    f"rule {index + 1}{plan.source.line(('rules', index))}: "
+                    f"a bare '.' matches any character: '{pattern}' "
+                    f"selects {len(loose)} tensors, '{extra}' among them; '{strict}' selects {len(exact)}"
+                )
+
+
+def _head_alone(plan: Plan, model: Description, frozen: Collection[str]) -> Iterator[str]:
+    names_head = any(rule.role and "head" in rule.role for rule in plan.rules)
+    left = [tensor.name for tensor in model.tensors if "pre_logits" in tensor.name.split(".") and tensor.name in frozen]
+    if names_head and left:
+        yield (
+            f"role: head is the classifier alone; fully connected layers ahead of it stay frozen, such as {left[0]!r}: "
+            "to train them too, add {match: '.*pre_logits', lr_mult: 1}"
+        )

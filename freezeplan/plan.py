@@ -1,0 +1,230 @@
+"""The plan language as data: pydantic models, frozen, unknown keys forbidden. Nothing here imports torch.
+
+A plan says what a rule *selects* (``match``, ``role``) and what it *sets* (a rate, ``wd_mult``, ``mode``, ``reinit``).
+Whether a rule fits a model is not decided here but in ``freezeplan.resolve``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PrivateAttr,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from freezeplan.source import Source
+
+Role = Literal["head", "norm", "bias"]
+Mode = Literal["eval", "train"]
+
+SELECTORS = ("match", "role")
+"""The keys of a rule that select; all that are given must hold."""
+SETTINGS = ("frozen", "lr_mult", "wd_mult", "mode", "reinit")
+"""The keys of a rule that set something."""
+
+
+def _check_pattern(pattern: str) -> str:
+    if not pattern:
+        raise PydanticCustomError("bad_pattern", "an empty pattern matches no name")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        place = "" if error.pos is None else f" at character {error.pos + 1}"
+        raise PydanticCustomError(
+            "bad_pattern",
+            "pattern {pattern} is not a regular expression: {reason}{place}",
+            {"pattern": repr(pattern), "reason": error.msg, "place": place},
+        ) from None
+    return pattern
+
+
+def _check_multiplier(value: object) -> object:
+    if value == 0 and not isinstance(value, bool):
+        raise PydanticCustomError(
+            "lr_mult_zero", "lr_mult must be greater than 0, found 0; to freeze, say frozen: true"
+        )
+    return value
+
+
+def _check_frozen(value: object) -> object:
+    if value is not True:
+        raise PydanticCustomError(
+            "frozen_not_true",
+            "frozen can only be true, found {found}; to train, give lr_mult instead",
+            {"found": repr(value)},
+        )
+    return value
+
+
+def _check_version(value: object) -> object:
+    if isinstance(value, bool) or value != 1:
+        raise PydanticCustomError(
+            "bad_version",
+            "version is 1, the number, found {found}; this freezeplan reads version 1",
+            {"found": repr(value)},
+        )
+    return value
+
+
+def _check_not_empty(values: tuple[str, ...]) -> tuple[str, ...]:
+    if not values:
+        raise PydanticCustomError("empty_list", "an empty list selects nothing")
+    return values
+
+
+def _one_or_more(schema: dict[str, Any]) -> Any:
+    """Let a list be written as its only element, in files, in the JSON schema and when dumped again."""
+    return (
+        AfterValidator(_check_not_empty),
+        BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+        PlainSerializer(lambda value: value[0] if len(value) == 1 else list(value), when_used="json-unless-none"),
+        WithJsonSchema({"anyOf": [schema, {"type": "array", "items": schema, "minItems": 1}]}),
+    )
+
+
+Pattern = Annotated[str, Field(strict=True), AfterValidator(_check_pattern)]
+Multiplier = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), BeforeValidator(_check_multiplier)]
+Frozen = Annotated[Literal[True], BeforeValidator(_check_frozen)]
+
+_string: dict[str, Any] = {"type": "string", "minLength": 1}
+_role: dict[str, Any] = {"type": "string", "enum": list(Role.__args__)}  # type: ignore[attr-defined]
+_patterns, _roles = _one_or_more(_string), _one_or_more(_role)
+
+
+def _check_rules(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    if not rules:
+        raise PydanticCustomError("no_rules", "a plan has at least one rule, found an empty list")
+    return rules
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Rate(_Data):
+    """What happens to a parameter that no rule gives a rate: exactly one of ``frozen: true`` and ``lr_mult``.
+
+    Examples:
+        >>> Rate(lr_mult=0.1)
+        Rate(frozen=None, lr_mult=0.1)
+    """
+
+    frozen: Frozen | None = None
+    """True: no gradient, in no optimizer group, statistics and randomness stand still."""
+    lr_mult: Multiplier | None = None
+    """Multiplies the base learning rate; greater than 0, dimensionless."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Rate:
+        if (self.frozen is None) == (self.lr_mult is None):
+            raise PydanticCustomError("default_rate", "default is exactly {{frozen: true}} or {{lr_mult: x}}")
+        return self
+
+
+class Rule(_Data):
+    """One rule: at least one selector and at least one setting. All selectors given must hold.
+
+    Examples:
+        >>> Rule(match="features", lr_mult=0.2).match
+        ('features',)
+        >>> Rule(role="norm", mode="eval").settings
+        ('mode',)
+    """
+
+    match: Annotated[tuple[Pattern, ...], *_patterns] | None = None
+    """Regular expression that must match the whole dotted name of a parameter, or of a module above it (then everything
+    below that module is selected). With a lookaround it is held against the parameter's full name only. A list means
+    any of them."""
+    role: Annotated[tuple[Role, ...], *_roles] | None = None
+    """What timm knows of the architecture: ``head`` (the classifier), ``norm`` (normalisation layers), ``bias``. A list
+    means any of them."""
+    frozen: Frozen | None = None
+    """True: no gradient, in no optimizer group, statistics and randomness stand still. Not together with lr_mult."""
+    lr_mult: Multiplier | None = None
+    """Multiplies the base learning rate; greater than 0, dimensionless. To freeze, say ``frozen: true``."""
+    wd_mult: Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] | None = None
+    """Multiplies the weight decay that the parameter would get (0 for biases, 1-d tensors and timm's no_weight_decay);
+    0 or greater, dimensionless."""
+    mode: Mode | None = None
+    """``eval`` or ``train``, of the modules that own what is selected. A rule with ``mode`` alone also reaches modules
+    without parameters, such as dropout."""
+    reinit: Annotated[bool, Field(strict=True)] | None = None
+    """True: the values that a freshly created model of the same architecture has. False: keep the values, and settle it
+    for later rules."""
+    optional: Annotated[bool, Field(strict=True)] = False
+    """True: matching nothing is a line of the report and no error; for presets that fit many architectures."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Rule:
+        if self.frozen and self.lr_mult is not None:
+            raise PydanticCustomError("two_rates", "a rule has frozen or lr_mult, not both")
+        if not any(getattr(self, key) is not None for key in SELECTORS):
+            raise PydanticCustomError("no_selector", "a rule selects with match or role; this one has neither")
+        if not self.settings:
+            raise PydanticCustomError("no_setting", "a rule sets something: frozen, lr_mult, wd_mult, mode or reinit")
+        return self
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The settings that this rule gives: some of ``rate``, ``wd_mult``, ``mode``, ``reinit``, in that order."""
+        given = ["rate"] if self.frozen or self.lr_mult is not None else []
+        return (*given, *(key for key in ("wd_mult", "mode", "reinit") if getattr(self, key) is not None))
+
+    @property
+    def text(self) -> str:
+        """The selectors as a reader would write them, such as ``match: features`` or ``role: norm, match: layer1``."""
+        given = ((key, getattr(self, key)) for key in SELECTORS)
+        return ", ".join(
+            f"{key}: {v[0] if len(v) == 1 else '[' + ', '.join(v) + ']'}" for key, v in given if v is not None
+        )
+
+
+class Plan(_Data):
+    """A plan: rules in order of precedence. For each setting, the first matching rule that sets it wins.
+
+    Plans compare by what they say, not by the file they were written in.
+
+    Examples:
+        >>> plan = Plan(version=1, rules=[Rule(role="head", lr_mult=1), Rule(match=".*", frozen=True)])
+        >>> plan.model_dump(mode="json", exclude_defaults=True)["rules"]
+        [{'role': 'head', 'lr_mult': 1.0}, {'match': '.*', 'frozen': True}]
+    """
+
+    version: Annotated[Literal[1], BeforeValidator(_check_version)]
+    """Version of the plan language, always 1; readable through all of freezeplan 1.x."""
+    name: Annotated[str, Field(strict=True)] | None = None
+    """What the plan is called in reports."""
+    description: Annotated[str, Field(strict=True)] | None = None
+    """What it is for, and the source of the method."""
+    rules: Annotated[tuple[Rule, ...], AfterValidator(_check_rules)]
+    """The rules, first match first."""
+    default: Rate | None = None
+    """The rate of what no rule gives one; without it such a parameter is an error."""
+
+    _source: Source = PrivateAttr(default_factory=Source)
+
+    @property
+    def source(self) -> Source:
+        """Where the plan was written: turns a place inside the plan into ``file:line:column``."""
+        return self._source
+
+    @property
+    def title(self) -> str:
+        """The plan's name, or its file's, or ``plan``."""
+        return self.name or self._source.file or "plan"
+
+    def from_source(self, source: Source) -> Plan:
+        """Return the same plan with the place where it was written."""
+        plan = self.model_copy()
+        plan._source = source
+        return plan

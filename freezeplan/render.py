@@ -1,0 +1,123 @@
+"""Rows and errors -> terminal: in the core the only importer of rich.
+
+Results go to stdout, problems to stderr. Text that a user wrote is printed without markup, which would eat patterns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from freezeplan.errors import FreezePlanError
+from freezeplan.plan import Plan
+from freezeplan.report import Node, count, rule_line, tree
+from freezeplan.resolve import Resolution
+
+
+def stdout() -> Console:
+    """Return the console for results; colours and width follow the terminal, ``NO_COLOR`` and ``COLUMNS``."""
+    return Console(markup=False, highlight=False, soft_wrap=False)
+
+
+def stderr() -> Console:
+    """Return the console for problems and progress."""
+    return Console(stderr=True, markup=False, highlight=False)
+
+
+def print_error(error: FreezePlanError) -> None:
+    """Print every problem of an error to stderr: the place, the sentence, and what to do, one line each."""
+    console = stderr()
+    for index, problem in enumerate(error.problems):
+        if index:
+            console.print()
+        head = Text.assemble(
+            ("error: ", "bold red"), (f"{problem.where}: " if problem.where else "", "bold"), problem.message
+        )
+        console.print(head, soft_wrap=True)
+        for note in problem.notes:
+            console.print(Text(f"  {note}"), soft_wrap=True)
+
+
+def print_resolution(resolution: Resolution, lr: float | None) -> None:
+    """Print what a plan means for a model: the tree of decisions, rules, groups, what stays random, hints."""
+    console = stdout()
+    console.print(Text.assemble((resolution.plan.title, "bold"), " on ", (resolution.model, "bold")))
+    if resolution.plan.description:
+        console.print(Padding(Text(resolution.plan.description, style="dim"), (0, 0, 0, 2)))
+    console.print()
+    console.print(_tree(tree(resolution)))
+    console.print()
+    for label, style, rows in (("frozen", "cyan", resolution.frozen), ("trainable", "green", resolution.trained)):
+        found = count(rows)
+        console.print(Text.assemble((f"{label:<10}", style), f"{found['elements']:>13,} in {found['tensors']} tensors"))
+    console.print()
+    console.print(_groups(resolution, lr))
+    print_rules(resolution, console)
+
+
+def print_rules(resolution: Resolution, console: Console | None = None) -> None:
+    """Print what each rule matched and decided, what stays random or alive, and the hints."""
+    console = console or stdout()
+    console.print()
+    for use in resolution.uses:
+        console.print(Text(rule_line(use, resolution)), soft_wrap=True)
+    sections: Mapping[str, tuple[str, ...]] = {
+        "stays random while training:": resolution.random,
+        "frozen, but kept in train by a rule; statistics will move:": resolution.alive,
+    }
+    for title, lines in sections.items():
+        if lines:
+            console.print()
+            console.print(Text(title, style="yellow"))
+            for line in _shorten(lines):
+                console.print(Text(f"  {line}"), soft_wrap=True)
+    for hint in resolution.hints:
+        console.print()
+        console.print(Text.assemble(("hint: ", "yellow"), hint), soft_wrap=True)
+
+
+def print_presets(presets: Mapping[str, Plan]) -> None:
+    """Print the presets: name and description."""
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column()
+    for name, plan in presets.items():
+        table.add_row(Text(name), Text(plan.description or ""))
+    stdout().print(table)
+
+
+def _shorten(lines: tuple[str, ...], limit: int = 8) -> tuple[str, ...]:
+    return lines if len(lines) <= limit else (*lines[: limit - 1], f"... and {len(lines) - limit + 1} more")
+
+
+def _tree(node: Node) -> Tree:
+    branch = Tree(_label(node), guide_style="dim")
+    for child in node.children:
+        branch.children.append(_tree(child))
+    return branch
+
+
+def _label(node: Node) -> Group | Text:
+    style = {True: "cyan", False: "green", None: ""}[node.frozen]
+    each = f" ({node.alike} alike)" if node.alike > 1 else ""
+    plural = "s" * (node.tensors != 1)
+    size = f"{node.elements:,} in {node.tensors} tensor{plural}{each}"
+    return Text.assemble(node.name, "  ", (node.decision, style), "  " if node.decision else "", (size, "dim"))
+
+
+def _groups(resolution: Resolution, lr: float | None) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("group")
+    for title in ("lr" if lr is not None else "lr_mult", "wd_mult", "tensors", "elements"):
+        table.add_column(title, justify="right")
+    for group in resolution.groups:
+        rate = group.lr_mult if lr is None else group.lr_mult * lr
+        table.add_row(
+            Text(group.name), f"{rate:g}", f"{group.wd_mult:g}", str(len(group.tensors)), f"{group.elements:,}"
+        )
+    return table

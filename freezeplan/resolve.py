@@ -1,0 +1,378 @@
+"""Plan x model description -> Resolution. Pure: names and shapes in, rows out; no torch.
+
+Three sentences, three errors. For each setting, the first matching rule that sets it wins. Every parameter gets a rate.
+Every rule wins something somewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from freezeplan.description import Description, Module
+from freezeplan.errors import PlanError, Problem
+from freezeplan.hints import find_hints
+from freezeplan.plan import Mode, Plan, Rule
+from freezeplan.select import Selection, explain_miss, select
+
+
+@dataclass(frozen=True)
+class Row:
+    """What happens to one tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    frozen: bool
+    lr_mult: float | None
+    """Multiplies the base learning rate; None when frozen."""
+    wd_mult: float
+    """Multiplies the weight decay; 0 also where timm's rule exempts the tensor (one dimension, biases, ...)."""
+    mode: Mode
+    """Of the module that owns it, while the model trains."""
+    reinit: bool
+    rule: int | None
+    """Number, from 1, of the rule that decided the rate; None for the plan's default."""
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The trained tensors that share all their optimizer settings."""
+
+    name: str
+    lr_mult: float
+    wd_mult: float
+    tensors: tuple[str, ...]
+    elements: int
+
+
+@dataclass(frozen=True)
+class RuleUse:
+    """What one rule matched and what it decided."""
+
+    number: int
+    """From 1, in the order of the plan."""
+    text: str
+    """Its selectors, such as ``match: features``."""
+    where: str
+    """``file:line:column``, as far as known."""
+    matched: int
+    """Tensors that it selects."""
+    decided: int
+    """Tensors for which it won at least one of its settings."""
+    modules: int
+    """Modules without parameters for which it decided the mode."""
+    takers: tuple[tuple[int, int], ...]
+    """(number of a rule above, tensors that it decided instead), most first."""
+    everything: bool
+    """Whether it matches every tensor: a catch-all."""
+
+    @property
+    def weak(self) -> bool:
+        """Whether a rule that is no catch-all decided less than half of what it matched."""
+        return not self.everything and 2 * self.decided < self.matched
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What a plan means for one model; every report, error and guard is computed from this.
+
+    Examples:
+        >>> from freezeplan.description import Module, Tensor
+        >>> tensors = (Tensor("features.weight", (4, 3), "features"), Tensor("head.weight", (2, 4), "head"))
+        >>> toy = Description("toy", tensors, tuple(Module(n, ("Linear",)) for n in ("", "features", "head")))
+        >>> plan = Plan(version=1, rules=[{"match": "features", "frozen": True}, {"match": ".*", "lr_mult": 0.5}])
+        >>> resolution = resolve(plan, toy)
+        >>> [(row.name, row.frozen, row.lr_mult, row.rule) for row in resolution.rows]
+        [('features.weight', True, None, 1), ('head.weight', False, 0.5, 2)]
+        >>> [(group.name, group.elements) for group in resolution.groups]
+        [('lr_mult=0.5', 8)]
+    """
+
+    plan: Plan
+    model: str
+    rows: tuple[Row, ...]
+    modes: Mapping[str, Mode]
+    """Module name -> its mode while the model trains; every module is listed."""
+    uses: tuple[RuleUse, ...]
+    hints: tuple[str, ...]
+    """Sentences about what is allowed and probably not meant."""
+    random: tuple[str, ...]
+    """What stays random in train mode, such as ``head_drop: Dropout p=0.5``."""
+    alive: tuple[str, ...]
+    """Frozen modules that a rule keeps in train mode: their statistics move, so the freeze is given up."""
+
+    @property
+    def frozen(self) -> tuple[Row, ...]:
+        """The rows of what is frozen."""
+        return tuple(row for row in self.rows if row.frozen)
+
+    @property
+    def trained(self) -> tuple[Row, ...]:
+        """The rows of what is trained."""
+        return tuple(row for row in self.rows if not row.frozen)
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The optimizer's groups: trained tensors merged by all of their settings, in the model's order."""
+        merged: dict[tuple[float, float], list[Row]] = {}
+        for row in self.trained:
+            merged.setdefault((row.lr_mult or 0.0, row.wd_mult), []).append(row)
+        return tuple(
+            Group(_group_name(lr, wd), lr, wd, tuple(row.name for row in rows), sum(row.elements for row in rows))
+            for (lr, wd), rows in merged.items()
+        )
+
+
+def _group_name(lr_mult: float, wd_mult: float) -> str:
+    decay = {0.0: ", no decay", 1.0: ""}.get(wd_mult, f", wd_mult={wd_mult:g}")
+    return f"lr_mult={lr_mult:g}{decay}"
+
+
+def resolve(plan: Plan, model: Description) -> Resolution:
+    """Decide for every tensor and every module of a model what the plan does to it.
+
+    Args:
+        plan: The plan.
+        model: Names, shapes, classes and roles; ``freezeplan.zoo.describe`` makes it.
+
+    Returns:
+        The decisions. Nothing is changed.
+
+    Raises:
+        PlanError: With all problems at once: a rule that matches nothing (not ``optional``) or is shadowed, a role that
+            is not known for this model, a parameter without a rate, ``eval`` against ``train`` in one module, or
+            nothing left to train.
+    """
+    _check_roles(plan, model)
+    selections = [select(rule, model) for rule in plan.rules]
+    winners = {setting: _winners(plan, selections, setting) for setting in ("rate", "wd_mult", "mode", "reinit")}
+    module_rules = _module_rules(plan, selections)
+    uses = tuple(_uses(plan, model, selections, winners, module_rules))
+    rates = {tensor.name: _rate(plan, winners["rate"].get(tensor.name)) for tensor in model.tensors}
+
+    problems = [*_unused(plan, model, selections, uses), *_uncovered(plan, rates)]
+    if not problems and all(frozen for frozen, _ in filter(None, rates.values())):
+        problems.append(
+            Problem(
+                f"every parameter of {model.model} is frozen; nothing is left to train",
+                plan.source.where(("rules",)),
+                ("give what shall learn a rule above, such as {role: head, lr_mult: 1}",),
+            )
+        )
+    modes_by_rule, conflicts = _decided_modes(plan, model, winners["mode"], module_rules)
+    if problems := problems + conflicts:
+        raise PlanError(problems)
+
+    decided = {name: rate for name, rate in rates.items() if rate is not None}
+    frozen = frozenset(name for name, (is_frozen, _) in decided.items() if is_frozen)
+    modes = _modes(model, frozen, modes_by_rule)
+    _check_caches(plan, model, frozen, modes)
+
+    wd_mult = {name: plan.rules[index].wd_mult or 0.0 for name, index in winners["wd_mult"].items()}
+    reinit = {name: bool(plan.rules[index].reinit) for name, index in winners["reinit"].items()}
+    rows = tuple(
+        Row(
+            name=tensor.name,
+            shape=tensor.shape,
+            frozen=tensor.name in frozen,
+            lr_mult=decided[tensor.name][1],
+            wd_mult=0.0 if tensor.name in model.no_decay else wd_mult.get(tensor.name, 1.0),
+            mode=modes[tensor.module],
+            reinit=reinit.get(tensor.name, False),
+            rule=None if (index := winners["rate"].get(tensor.name)) is None else index + 1,
+            aliases=tensor.aliases,
+        )
+        for tensor in model.tensors
+    )
+    trained = {row.name: row.lr_mult for row in rows if row.lr_mult is not None}
+    return Resolution(
+        plan=plan,
+        model=model.model,
+        rows=rows,
+        modes=modes,
+        uses=uses,
+        hints=find_hints(plan, model, trained, frozen),
+        random=tuple(
+            f"{m.name or model.model}: {m.random}" for m in model.modules if m.random and modes[m.name] == "train"
+        ),
+        alive=tuple(
+            module.name
+            for module in model.modules
+            if (own := model.own[module.name]) and frozen.issuperset(own) and modes[module.name] == "train"
+        ),
+    )
+
+
+def _winners(plan: Plan, selections: Sequence[Selection], setting: str) -> dict[str, int]:
+    """Tensor -> index of the first rule that matches it and gives the setting."""
+    winners: dict[str, int] = {}
+    for index, (rule, selection) in enumerate(zip(plan.rules, selections, strict=True)):
+        if setting in rule.settings:
+            for name in selection.tensors:
+                winners.setdefault(name, index)
+    return winners
+
+
+def _module_rules(plan: Plan, selections: Sequence[Selection]) -> dict[str, int]:
+    """Module without parameters -> index of the first rule with ``mode`` alone that selects it."""
+    winners: dict[str, int] = {}
+    for index, (rule, selection) in enumerate(zip(plan.rules, selections, strict=True)):
+        if rule.settings == ("mode",):
+            for name in selection.modules:
+                winners.setdefault(name, index)
+    return winners
+
+
+def _rate(plan: Plan, index: int | None) -> tuple[bool, float | None] | None:
+    """(frozen, lr_mult) as the winning rule or the plan's default says, or None where neither does."""
+    rate = plan.default if index is None else plan.rules[index]
+    return None if rate is None else (bool(rate.frozen), rate.lr_mult)
+
+
+def _uses(
+    plan: Plan,
+    model: Description,
+    selections: Sequence[Selection],
+    winners: Mapping[str, Mapping[str, int]],
+    module_rules: Mapping[str, int],
+) -> Iterator[RuleUse]:
+    for index, (rule, selection) in enumerate(zip(plan.rules, selections, strict=True)):
+        takers: Counter[int] = Counter()
+        for name in selection.tensors:
+            owners = [winners[setting][name] for setting in rule.settings]
+            if index not in owners:
+                takers[owners[0] + 1] += 1
+        yield RuleUse(
+            number=index + 1,
+            text=rule.text,
+            where=plan.source.where(("rules", index)),
+            matched=len(selection.tensors),
+            decided=len(selection.tensors) - takers.total(),
+            modules=sum(module_rules.get(name) == index for name in selection.modules),
+            takers=tuple(takers.most_common()),
+            everything=len(selection.tensors) == len(model.tensors),
+        )
+
+
+def _check_roles(plan: Plan, model: Description) -> None:
+    problems = [
+        Problem(f"role {role} is not known: {model.unknown[role]}", plan.source.where(("rules", index, "role")))
+        for index, rule in enumerate(plan.rules)
+        for role in rule.role or ()
+        if role in model.unknown
+    ]
+    if problems:
+        raise PlanError(problems)
+
+
+def _unused(
+    plan: Plan, model: Description, selections: Sequence[Selection], uses: Sequence[RuleUse]
+) -> Iterator[Problem]:
+    for index, (rule, selection, use) in enumerate(zip(plan.rules, selections, uses, strict=True)):
+        if use.decided or use.modules or (rule.optional and not selection.tensors):
+            continue
+        reaches_modules = rule.settings == ("mode",) and selection.modules
+        if not selection.tensors and not reaches_modules:
+            yield _dead(plan, model, index, rule)
+        else:
+            above = ", ".join(
+                f"rule {number}{plan.source.line(('rules', number - 1))} ({count})" for number, count in use.takers
+            )
+            yield Problem(
+                f"rule {index + 1} ({rule.text}) decides nothing: "
+                + (
+                    f"all {use.matched} tensors that it matches are decided by {above}"
+                    if above
+                    else "rules above it do"
+                ),
+                use.where,
+                ("the first matching rule wins: move this one up, or delete it",),
+            )
+
+
+def _dead(plan: Plan, model: Description, index: int, rule: Rule) -> Problem:
+    what = f"rule {index + 1} ({rule.text}) matches no parameter of {model.model}"
+    notes: list[str] = []
+    for pattern in rule.match or ():
+        notes += explain_miss(pattern, model)
+    notes.append("a rule that need not match on every model says optional: true")
+    return Problem(
+        what, plan.source.where(("rules", index, "match" if rule.match else "role")), tuple(dict.fromkeys(notes))
+    )
+
+
+def _uncovered(plan: Plan, rates: Mapping[str, object]) -> Iterator[Problem]:
+    left = [name for name, rate in rates.items() if rate is None]
+    if left:
+        shown = ", ".join(map(repr, left[:3])) + (", ..." if len(left) > 3 else "")
+        yield Problem(
+            f"{len(left)} parameter{'s' * (len(left) > 1)} get{'s' * (len(left) == 1)} no rate: {shown}",
+            plan.source.where(("rules",)),
+            ("end the rules with a catch-all such as {match: .*, frozen: true}, or give the plan a default",),
+        )
+
+
+def _decided_modes(
+    plan: Plan, model: Description, tensor_rules: Mapping[str, int], module_rules: Mapping[str, int]
+) -> tuple[dict[str, Mode], list[Problem]]:
+    """Module -> the mode that a rule gives it; and the modules for which two rules disagree."""
+    modes: dict[str, Mode] = {}
+    problems: list[Problem] = []
+    for module in model.modules:
+        deciding = {tensor_rules[name] for name in model.own[module.name] if name in tensor_rules}
+        deciding |= {module_rules[module.name]} if module.name in module_rules else set()
+        wanted = {plan.rules[index].mode: index for index in sorted(deciding, reverse=True)}
+        if len(wanted) > 1:
+            numbers = " and ".join(
+                f"rule {index + 1} says {mode}" for mode, index in sorted(wanted.items(), key=lambda w: w[1])
+            )
+            problems.append(
+                Problem(
+                    f"module {module.name!r} cannot be in eval and in train: {numbers}",
+                    plan.source.where(("rules", max(wanted.values()))),
+                    ("a mode belongs to a module, not to one of its parameters: select the module",),
+                )
+            )
+        modes.update((module.name, mode) for mode in wanted if mode is not None)
+    return modes, problems
+
+
+def _modes(model: Description, frozen: frozenset[str], decided: Mapping[str, Mode]) -> dict[str, Mode]:
+    """Every module's mode while the model trains; see the module rules in the order written here."""
+    modes: dict[str, Mode] = {}
+
+    def mode(module: Module) -> Mode:
+        own, below = model.own[module.name], model.below[module.name]
+        if module.name in decided:
+            return decided[module.name]
+        if not below:
+            return modes.get(module.name.rpartition(".")[0], "train")
+        return "eval" if frozen.issuperset(own or below) else "train"
+
+    for module in model.modules:  # parents come before their children
+        modes[module.name] = mode(module)
+    return modes
+
+
+def _check_caches(plan: Plan, model: Description, frozen: frozenset[str], modes: Mapping[str, Mode]) -> None:
+    """Refuse eval where a module would keep a stale copy of what it trains (timm's ``attention_bias_cache``)."""
+    stale = [
+        module.name
+        for module in model.modules
+        if module.caches and modes[module.name] == "eval" and not frozen.issuperset(model.own[module.name])
+    ]
+    if stale:
+        raise PlanError(
+            f"module {stale[0]!r} caches its trained attention biases while in eval; it cannot train there",
+            where=plan.source.where(("rules",)),
+            notes=["leave it in train: select norms alone with {role: norm, mode: eval}"],
+        )

@@ -1,0 +1,131 @@
+r"""A selector -> the names that it selects. Pure, no torch.
+
+One sentence: a pattern must match the *whole* dotted name of a parameter, or of a module above it. ``features`` is the
+module and all below it; ``features.1`` is not ``features.10``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from freezeplan.description import Description, prefixes
+from freezeplan.errors import nearest
+from freezeplan.plan import Rule
+
+_LOOKAROUND = re.compile(r"\(\?(?:[=!]|<[=!])")
+_BARE_DOT = re.compile(r"(?<!\\)\.(?![*+?{])")
+_CHARACTER_CLASS = re.compile(r"(\\.|\[(?:\\.|[^\]\\])*\])")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a rule selects, in the model's order."""
+
+    tensors: tuple[str, ...]
+    modules: tuple[str, ...]
+    """Modules that own no tensor; they matter to a rule with ``mode`` alone."""
+
+
+def select(rule: Rule, model: Description) -> Selection:
+    """Return the names that all selectors of a rule hold for.
+
+    Args:
+        rule: The rule; its roles must be known for this model.
+        model: The model.
+
+    Returns:
+        Tensors (by their first name; a tied weight is selected when any of its names is) and modules that own none.
+
+    Raises:
+        KeyError: If the rule asks for a role in ``model.unknown``.
+
+    Examples:
+        >>> from freezeplan.description import Module, Tensor
+        >>> toy = Description("toy", (Tensor("a.1.weight", (1,), "a.1"), Tensor("a.10.weight", (1,), "a.10")), ())
+        >>> select(Rule(match="a.1", frozen=True), toy).tensors
+        ('a.1.weight',)
+    """
+    tensors: set[str] = {tensor.name for tensor in model.tensors}
+    modules = {module.name for module in model.modules if not model.own.get(module.name)}
+    if rule.match:
+        tensors &= match_tensors(rule.match, model)
+        modules &= match_modules(rule.match, model)
+    if rule.role:
+        named = frozenset().union(*(model.roles[role] for role in rule.role))
+        tensors &= named
+        modules &= named
+    return Selection(
+        tuple(tensor.name for tensor in model.tensors if tensor.name in tensors),
+        tuple(module.name for module in model.modules if module.name in modules),
+    )
+
+
+def match_tensors(patterns: Iterable[str], model: Description) -> set[str]:
+    """Return the tensors of which any pattern matches a name, or the name of a module above it."""
+    return _matching(patterns, ((tensor.name, tensor.names) for tensor in model.tensors))
+
+
+def match_modules(patterns: Iterable[str], model: Description) -> set[str]:
+    """Return the modules, root excluded, of which any pattern matches a name or the name of a module above it."""
+    return _matching(patterns, ((module.name, module.names) for module in model.modules if module.name))
+
+
+def _matching(patterns: Iterable[str], named: Iterable[tuple[str, tuple[str, ...]]]) -> set[str]:
+    named = list(named)
+    found: set[str] = set()
+    for pattern in patterns:
+        regex, whole_only = re.compile(pattern), bool(_LOOKAROUND.search(pattern))
+        seen: dict[str, bool] = {}
+
+        def hit(name: str, regex: re.Pattern[str] = regex, seen: dict[str, bool] = seen) -> bool:
+            if name not in seen:
+                seen[name] = regex.fullmatch(name) is not None
+            return seen[name]
+
+        for first, names in named:
+            candidates = names if whole_only else (part for name in names for part in (*prefixes(name), name))
+            if any(map(hit, candidates)):
+                found.add(first)
+    return found
+
+
+def escaped(pattern: str) -> str:
+    r"""Return the pattern with every bare ``.`` that no quantifier follows escaped.
+
+    Examples:
+        >>> escaped("blocks.1.")
+        'blocks\\.1\\.'
+        >>> escaped(r"blocks\.1\..*[.]")
+        'blocks\\.1\\..*[.]'
+    """
+    parts = _CHARACTER_CLASS.split(pattern)
+    return "".join(part if index % 2 else _BARE_DOT.sub(r"\\.", part) for index, part in enumerate(parts))
+
+
+def explain_miss(pattern: str, model: Description) -> tuple[str, ...]:
+    """Say in a few lines why a pattern matches nothing and what is near it.
+
+    At most three nearest names; the top level of the model when nothing is near.
+    """
+    regex = re.compile(pattern)
+    empty = [module for module in model.modules if module.name and regex.fullmatch(module.name)]
+    if empty:
+        return (f"{empty[0].name!r} is a module without parameters ({empty[0].types[0]})",)
+    hits = [tensor.name for tensor in model.tensors if regex.search(tensor.name)]
+    if hits:
+        wider = f".*{pattern}.*".replace(".*.*", ".*")
+        return (
+            f"a pattern must match a whole name; {hits[0]!r} only contains it",
+            f"'{wider}' matches {len(match_tensors([wider], model))} tensors",
+        )
+    literal = re.split(r"[\[\](){}*+?|^$]", pattern.replace(r"\.", ".").replace(r"\d", ""))[0].rstrip(".")
+    names = {name for tensor in model.tensors for full in tensor.names for name in (*prefixes(full), full)}
+    depth = literal.count(".")
+    close = nearest(literal, (name for name in names if name.count(".") <= depth + 1))
+    if close:
+        return (f"did you mean {', '.join(map(repr, close))}?",)
+    top = ", ".join(f"{name} ({count})" for name, count in list(model.top.items())[:20])
+    more = ", ..." if len(model.top) > 20 else ""
+    return (f"top level of {model.model} (tensors): {top}{more}",)

@@ -1,0 +1,281 @@
+"""What timm knows of a model: in the core the only importer of timm.
+
+timm's own data are read through its public methods (``get_classifier``, ``no_weight_decay``, ``pretrained_cfg``), never
+through module names, and what it does not know is said and not guessed.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import importlib
+import inspect
+import re
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from freezeplan import names
+from freezeplan.description import Description, Module, Tensor
+from freezeplan.errors import ModelError, did_you_mean
+
+_BIAS = re.compile(r"(?:\w+_)?bias(?:_[ih]h_l\d+(?:_reverse)?)?")
+_IMPORTABLE = re.compile(r"[\w.]+:\w+")
+_NORM = re.compile(r"Norm|InplaceAbn")
+
+
+def create_model(name: str, *, num_classes: int | None = None, meta: bool = False, **arguments: Any) -> nn.Module:
+    """Create a timm model by name, or call ``package.module:function``; nothing is downloaded unless asked for.
+
+    Args:
+        name: A timm model name, or ``package.module:function`` of a function that returns an ``nn.Module``.
+        num_classes: Number of classes; None leaves the model's own.
+        meta: Create it on the meta device: names and shapes without memory or time.
+        arguments: Passed on to timm or to the function.
+
+    Raises:
+        ModelError: If there is no such model (with the nearest names), or it cannot be built from these arguments.
+
+    Examples:
+        >>> create_model("vgg16", num_classes=20, meta=True).head.fc.weight.shape
+        torch.Size([20, 4096])
+    """
+    if num_classes is not None:
+        arguments["num_classes"] = num_classes
+    build = _imported(name) if _IMPORTABLE.fullmatch(name) else functools.partial(_timm_model, name)
+    try:
+        with torch.device("meta" if meta else "cpu"):
+            model = build(**arguments)
+    except ModelError:
+        raise
+    except (TypeError, ValueError, AssertionError, RuntimeError, NotImplementedError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        raise ModelError(f"{name} cannot be built with {given or 'no arguments'}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{name} returned a {type(model).__name__}, expected a torch.nn.Module")
+    return model
+
+
+def _timm_model(name: str, **arguments: Any) -> nn.Module:
+    import timm
+
+    if ":" not in name and not timm.is_model(name.partition(".")[0]):
+        known = timm.list_models()
+        raise ModelError(
+            f"timm has no model called {name!r}",
+            notes=[*did_you_mean(name, known), f"timm knows {len(known)} models; or give package.module:function"],
+        )
+    model: nn.Module = timm.create_model(name, **arguments)
+    return model
+
+
+def _imported(name: str) -> Any:
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ModelError(f"cannot import {name!r}: {error}", notes=["expected package.module:function"]) from None
+
+
+def is_timm(model: nn.Module) -> bool:
+    """Whether the model is one of timm's, by the configuration that timm gives each of its models."""
+    return isinstance(getattr(model, "pretrained_cfg", None), Mapping)
+
+
+def describe(model: nn.Module) -> Description:
+    """Write down all that a plan can ask of a model. Changes nothing; works on the meta device.
+
+    Args:
+        model: Any module; roles that timm knows need a timm model.
+
+    Returns:
+        Names, shapes, classes, roles. Tied weights are one tensor with several names.
+
+    Examples:
+        >>> model = describe(create_model("resnet18", meta=True))
+        >>> sorted(model.roles["head"])
+        ['fc.bias', 'fc.weight']
+        >>> len(model.roles["norm"])
+        40
+    """
+    model = names.unwrap(model)
+    found = names.parameters(model)
+    by_object: dict[int, list[str]] = {}
+    for name, parameters in found.items():
+        aliases = by_object.setdefault(id(parameters[0]), [])
+        if name not in aliases:
+            aliases.append(name)
+    tensors = tuple(
+        Tensor(first, _shape(found[first]), names.owner(first), tuple(rest)) for first, *rest in by_object.values()
+    )
+    first_name = {id(found[tensor.name][0]): tensor.name for tensor in tensors}
+    modules = tuple(_modules(model))
+    head = _head(model, first_name)
+    norms = frozenset(_norms(model, first_name))
+    return Description(
+        model=title(model),
+        tensors=tensors,
+        modules=modules,
+        roles={
+            "norm": norms,
+            "bias": frozenset(t.name for t in tensors if _BIAS.fullmatch(t.name.rpartition(".")[2])),
+            **({} if isinstance(head, str) else {"head": head}),
+        },
+        unknown={"head": head} if isinstance(head, str) else {},
+        no_decay=frozenset(_no_decay(model, tensors)),
+    )
+
+
+def title(model: nn.Module) -> str:
+    """Return what the model is called in reports: timm's architecture, or the class."""
+    architecture = model.pretrained_cfg.get("architecture") if is_timm(model) else None  # type: ignore[operator,union-attr]
+    return str(architecture or type(model).__name__)
+
+
+def _shape(parameters: list[nn.Parameter]) -> tuple[int, ...]:
+    """The shape of one parameter; of a parametrized one, that of its largest part."""
+    return tuple(max(parameters, key=lambda parameter: parameter.numel()).shape)
+
+
+def _modules(model: nn.Module) -> Iterator[Module]:
+    live = {  # of a module and the wrappers around it, the innermost comes last and counts
+        names.canonical_module(name): module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if "parametrizations" not in name.split(".")
+    }
+    by_object: dict[int, list[str]] = {}
+    for name, module in live.items():
+        by_object.setdefault(id(module), []).append(name)
+    for first, *rest in by_object.values():
+        module = live[first]
+        yield Module(
+            name=first,
+            types=tuple(base.__name__ for base in type(module).__mro__ if base not in (nn.Module, object)),
+            aliases=tuple(rest),
+            random=_random(module),
+            caches=isinstance(getattr(module, "attention_bias_cache", None), dict),
+        )
+
+
+def _random(module: nn.Module) -> str:
+    """What a module draws at random in train mode: dropout modules, and classes that call dropout on their own."""
+    own_rate = "p" if "Drop" in type(module).__name__ else "dropout"
+    rates = {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, float) and value > 0 and ("drop" in key or key == own_rate)
+    }
+    if not rates or not _reads_training(cast(Hashable, type(module))):
+        return ""
+    key, rate = max(rates.items(), key=lambda item: item[1])
+    return f"{type(module).__name__} {key}={rate:g}"
+
+
+@functools.cache
+def _reads_training(cls: Any) -> bool:
+    try:
+        return "self.training" in inspect.getsource(cls)
+    except (OSError, TypeError):  # a class without source: say it rather than miss it
+        return True
+
+
+def _head(model: nn.Module, first_name: Mapping[int, str]) -> frozenset[str] | str:
+    """The classifier's tensors, by identity; or why there is none."""
+    if not hasattr(model, "get_classifier"):
+        if is_timm(model):
+            return f"{title(model)} is an encoder without a classifier; select with match instead"
+        return f"{title(model)} is not a timm model, so its classifier is not known; select it with match"
+    heads = [*_flatten(model.get_classifier()), *_configured(model)]  # type: ignore[operator]
+    found = frozenset(first_name[id(p)] for head in heads for p in head.parameters() if id(p) in first_name)
+    if not found:
+        return f"the classifier of {title(model)} has no parameters; create the model with num_classes greater than 0"
+    return found
+
+
+def _flatten(classifier: Any) -> Iterator[nn.Module]:
+    if isinstance(classifier, nn.Module):
+        yield classifier
+    elif isinstance(classifier, (tuple, list)):
+        for part in classifier:
+            yield from _flatten(part)
+
+
+def _configured(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that timm's configuration calls classifier: volo's ``aux_head`` is in no ``get_classifier``."""
+    entry = model.pretrained_cfg.get("classifier") if is_timm(model) else None  # type: ignore[operator,union-attr]
+    live = dict(model.named_modules())
+    for name in (entry,) if isinstance(entry, str) else entry or ():
+        if name in live:
+            yield live[name]
+
+
+def _norms(model: nn.Module, first_name: Mapping[int, str]) -> Iterator[str]:
+    """Normalisation layers: their class, or a base, is called so, all they own is 1-d, and nothing below owns more."""
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False)).values()
+        if (
+            any(_NORM.search(base.__name__) for base in type(module).__mro__)
+            and len(own) == len(list(module.parameters()))
+            and all(parameter.ndim == 1 for parameter in own)
+            and (own or isinstance(module, nn.modules.batchnorm._NormBase))
+        ):
+            yield from (first_name[id(parameter)] for parameter in own) if own else (names.canonical_module(name),)
+
+
+def _no_decay(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[str]:
+    """As ``timm.optim.param_groups_weight_decay``: at most one dimension, ``.bias``, or in ``no_weight_decay()``."""
+    patterns: Iterable[str] = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
+    for tensor in tensors:
+        if (
+            len(tensor.shape) <= 1
+            or tensor.name.endswith(".bias")
+            or any(fnmatch.fnmatch(name, pattern) for pattern in patterns for name in tensor.names)
+        ):
+            yield tensor.name
+
+
+def fresh(model: nn.Module, seed: int) -> nn.Module:
+    """Create the same architecture anew, with timm's own random initialisation. The caller's random state stays.
+
+    timm's constructors initialise better than ``reset_parameters``, which shrinks VGG16's pool5 33 times.
+
+    Args:
+        model: A timm model; its number of classes, input channels and image size are taken over.
+        seed: Seed of torch's generators while it is created.
+
+    Raises:
+        ModelError: If the model is not timm's.
+
+    Examples:
+        >>> model = create_model("test_vit", num_classes=3)
+        >>> bool((fresh(model, 0).head.weight == fresh(model, 0).head.weight).all())
+        True
+    """
+    model = names.unwrap(model)
+    if not is_timm(model):
+        raise ModelError(f"{title(model)} is not a timm model, so it cannot be created anew")
+    config: Any = model.pretrained_cfg
+    arguments: dict[str, Any] = {}
+    if hasattr(model, "num_classes"):
+        arguments["num_classes"] = model.num_classes
+    channels = getattr(model, "in_chans", None) or _input_channels(model, config)
+    if channels and channels != config.get("input_size", (3,))[0]:
+        arguments["in_chans"] = channels
+    size = getattr(model, "img_size", None) or getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size and tuple(_pair(size)) != tuple(config.get("input_size", (3, 0, 0))[1:]):
+        arguments["img_size"] = size
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return create_model(str(config["architecture"]), **arguments)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _input_channels(model: nn.Module, config: Any) -> int | None:
+    first = config.get("first_conv")
+    module = dict(model.named_modules()).get(first if isinstance(first, str) else next(iter(first or ()), ""))
+    return getattr(module, "in_channels", None)
