@@ -101,7 +101,7 @@ class Resolution:
     model: str
     rows: tuple[Row, ...]
     modes: Mapping[str, Mode]
-    """Module name -> its mode while the model trains; every module is listed."""
+    """Module name -> its mode while the model trains; every module is listed, under each of its names."""
     uses: tuple[RuleUse, ...]
     hints: tuple[str, ...]
     """Sentences about what is allowed and probably not meant."""
@@ -359,7 +359,7 @@ def _modes(model: Description, frozen: frozenset[str], decided: Mapping[str, Mod
         return "eval" if frozen.issuperset(own or below) else "train"
 
     for module in model.modules:  # parents come before their children
-        modes[module.name] = mode(module)
+        modes.update(dict.fromkeys(module.names, mode(module)))
     return modes
 
 

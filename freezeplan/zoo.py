@@ -263,16 +263,22 @@ def fresh(model: nn.Module, seed: int) -> nn.Module:
     channels = getattr(model, "in_chans", None) or _input_channels(model, config)
     if channels and channels != config.get("input_size", (3,))[0]:
         arguments["in_chans"] = channels
-    size = getattr(model, "img_size", None) or getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if size and tuple(_pair(size)) != tuple(config.get("input_size", (3, 0, 0))[1:]):
+    size = _image_size(model, config)
+    if size:
         arguments["img_size"] = size
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return create_model(str(config["architecture"]), **arguments)
 
 
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
+def _image_size(model: nn.Module, config: Any) -> tuple[int, int] | None:
+    """The size in pixels that the model was made for, if that is not the architecture's own."""
+    import timm
+
+    own = timm.get_pretrained_cfg(f"{config['architecture']}.{config.get('tag') or ''}".rstrip("."))
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config.get("input_size", (3, 0, 0))[1:]
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    return None if own is None or size == tuple(own.input_size[1:]) else size
 
 
 def _input_channels(model: nn.Module, config: Any) -> int | None:
