@@ -54,10 +54,10 @@ def unwrap(model: nn.Module) -> nn.Module:
         True
     """
     while True:
-        inner = [child for name, child in model.named_children() if name in _WRAPPERS]
-        if len(inner) != 1 or len(list(model.children())) != 1:
+        children = dict(model.named_children())
+        if len(children) != 1 or not _WRAPPERS.issuperset(children) or any(True for _ in model.parameters(recurse=False)):
             return model
-        model = inner[0]
+        (model,) = children.values()
 
 
 def parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -23,6 +23,7 @@ from freezeplan.errors import ModelError, did_you_mean
 
 _BIAS = re.compile(r"(?:\w+_)?bias(?:_[ih]h_l\d+(?:_reverse)?)?")
 _IMPORTABLE = re.compile(r"[\w.]+:\w+")
+_DRAWS = re.compile(r"\bdrop\w*\(|dropout_p\b|self\.dropout,")
 _NORM = re.compile(r"Norm|InplaceAbn")
 
 
@@ -161,22 +162,23 @@ def _modules(model: nn.Module) -> Iterator[Module]:
 
 def _random(module: nn.Module) -> str:
     """What a module draws at random in train mode: dropout modules, and classes that call dropout on their own."""
-    own_rate = "p" if "Drop" in type(module).__name__ else "dropout"
+    is_dropout = "Drop" in type(module).__name__
     rates = {
         key: value
         for key, value in vars(module).items()
-        if isinstance(value, float) and value > 0 and ("drop" in key or key == own_rate)
+        if isinstance(value, float) and value > 0 and (is_dropout or "drop" in key)
     }
-    if not rates or not _reads_training(cast(Hashable, type(module))):
+    if not rates or not _draws(cast(Hashable, type(module))):
         return ""
     key, rate = max(rates.items(), key=lambda item: item[1])
     return f"{type(module).__name__} {key}={rate:g}"
 
 
 @functools.cache
-def _reads_training(cls: Any) -> bool:
+def _draws(cls: Any) -> bool:
     try:
-        return "self.training" in inspect.getsource(cls)
+        source = inspect.getsource(cls)
+        return "self.training" in source and (_DRAWS.search(source) is not None or "Drop" in cls.__name__)
     except (OSError, TypeError):  # a class without source: say it rather than miss it
         return True
 
