@@ -2,12 +2,13 @@
 
 Wrappers put themselves into the names and some replace every parameter object, so freezeplan keeps names and never
 tensors. ``module.`` (DDP), ``_orig_mod.`` (compile), ``_fsdp_wrapped_module.``, ``_checkpoint_wrapped_module.`` and
-``parametrizations.*.original*`` do not count, wherever they stand.
+``parametrizations.*.original*`` do not count, wherever they stand; a part of the model that is itself called ``module``
+(timm's iFormer has some) does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -15,10 +16,18 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_WRAPPER_CLASSES = frozenset(
+    ("DataParallel", "DistributedDataParallel", "AveragedModel", "ModelEma", "ModelEmaV2", "ModelEmaV3")
+)
+"""Wrappers that call what they wrap ``module``, a name that models use too."""
 
 
-def canonical(name: str) -> str:
+def canonical(name: str, own: Collection[str] = ()) -> str:
     """Return a dotted name without what wrappers and parametrizations put into it.
+
+    Args:
+        name: A parameter's or buffer's name as torch gives it.
+        own: Names of modules that are called like a wrapper's and are the model's own.
 
     Examples:
         >>> canonical("module._orig_mod.layer1._checkpoint_wrapped_module.0.conv1.weight")
@@ -26,7 +35,7 @@ def canonical(name: str) -> str:
         >>> canonical("fc.parametrizations.weight.original0")
         'fc.weight'
     """
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    parts = _without_wrappers(name, own)
     if "parametrizations" in parts:
         at = parts.index("parametrizations")
         if parts[at + 2 :] and parts[at + 2].startswith("original"):
@@ -34,15 +43,32 @@ def canonical(name: str) -> str:
     return ".".join(parts)
 
 
-def canonical_module(name: str) -> str:
+def canonical_module(name: str, own: Collection[str] = ()) -> str:
     """Return a module's canonical name; a parametrization's own modules count as the module that they belong to.
 
     Examples:
         >>> canonical_module("_orig_mod.layer1.conv.parametrizations.weight")
         'layer1.conv'
     """
-    parts = [part for part in name.split(".") if part and part not in _WRAPPERS]
+    parts = _without_wrappers(name, own)
     return ".".join(parts[: parts.index("parametrizations")] if "parametrizations" in parts else parts)
+
+
+def _without_wrappers(name: str, own: Collection[str]) -> list[str]:
+    parts = name.split(".") if name else []
+    return [
+        part for end, part in enumerate(parts, 1) if part not in _WRAPPERS or (own and ".".join(parts[:end]) in own)
+    ]
+
+
+def called_module(model: nn.Module) -> frozenset[str]:
+    """Return the names of the modules that are called ``module`` and stand in no wrapper: they are the model's own."""
+    live = dict(model.named_modules(remove_duplicate=False))
+    return frozenset(
+        name
+        for name in live
+        if name.rpartition(".")[2] == "module" and type(live[owner(name)]).__name__ not in _WRAPPER_CLASSES
+    )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -55,7 +81,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     while True:
         children = dict(model.named_children())
-        if len(children) != 1 or not _WRAPPERS.issuperset(children) or any(True for _ in model.parameters(recurse=False)):
+        if len(children) != 1 or not _WRAPPERS.issuperset(children) or ("module" in children and "module" in called_module(model)):
             return model
         (model,) = children.values()
 
@@ -67,18 +93,21 @@ def parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         >>> list(parameters(nn.utils.parametrizations.weight_norm(nn.Linear(2, 3))))
         ['bias', 'weight']
     """
-    return _grouped((canonical(n), p) for n, p in model.named_parameters(remove_duplicate=False))
+    own = called_module(model)
+    return _grouped((canonical(n, own), p) for n, p in model.named_parameters(remove_duplicate=False))
 
 
 def modules(model: nn.Module) -> dict[str, list[nn.Module]]:
     """Return canonical name -> its live modules: one, or several where wrappers stand around it; root under ``""``."""
-    return _grouped((canonical_module(n), m) for n, m in model.named_modules(remove_duplicate=False))
+    own = called_module(model)
+    return _grouped((canonical_module(n, own), m) for n, m in model.named_modules(remove_duplicate=False))
 
 
 def buffers(model: nn.Module) -> dict[str, list[Tensor]]:
     """Return canonical name -> its live persistent buffers. Others are derived from the rest and may be rebuilt."""
+    own = called_module(model)
     return _grouped(
-        (canonical(f"{prefix}.{name}" if prefix else name), buffer)
+        (canonical(f"{prefix}.{name}" if prefix else name, own), buffer)
         for prefix, module in model.named_modules(remove_duplicate=False)
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set

@@ -141,8 +141,9 @@ def _shape(parameters: list[nn.Parameter]) -> tuple[int, ...]:
 
 
 def _modules(model: nn.Module) -> Iterator[Module]:
+    own = names.called_module(model)
     live = {  # of a module and the wrappers around it, the innermost comes last and counts
-        names.canonical_module(name): module
+        names.canonical_module(name, own): module
         for name, module in model.named_modules(remove_duplicate=False)
         if "parametrizations" not in name.split(".")
     }
@@ -215,6 +216,7 @@ def _configured(model: nn.Module) -> Iterator[nn.Module]:
 
 def _norms(model: nn.Module, first_name: Mapping[int, str]) -> Iterator[str]:
     """Normalisation layers: their class, or a base, is called so, all they own is 1-d, and nothing below owns more."""
+    called_module = names.called_module(model)
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False)).values()
         if (
@@ -223,7 +225,7 @@ def _norms(model: nn.Module, first_name: Mapping[int, str]) -> Iterator[str]:
             and all(parameter.ndim == 1 for parameter in own)
             and (own or isinstance(module, nn.modules.batchnorm._NormBase))
         ):
-            yield from (first_name[id(parameter)] for parameter in own) if own else (names.canonical_module(name),)
+            yield from (first_name[id(parameter)] for parameter in own) if own else (names.canonical_module(name, called_module),)
 
 
 def _no_decay(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[str]:
