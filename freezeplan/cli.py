@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import json
 import sys
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
 import freezeplan
 from freezeplan import render
-from freezeplan.errors import FreezePlanError
+from freezeplan.errors import FreezePlanError, MissingExtraError
 from freezeplan.load import load_plan, preset_files
 
 app = typer.Typer(
@@ -30,6 +31,10 @@ ModelArg = Annotated[
     list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument for creating the model; repeatable.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Experiment = Literal["voc_vgg16"]
+# Stated here and not imported: the experiment brings torch with it, and --help should not wait for that.
+SAMPLE_EPOCHS = "20; sample: 25"
+SAMPLE_BATCH = "32; sample: 16"
 
 
 def main() -> None:
@@ -115,6 +120,93 @@ def presets(as_json: AsJson = False) -> None:
         _print_json({name: plan.model_dump(mode="json", exclude_defaults=True) for name, plan in found.items()})
     else:
         render.print_presets(found)
+
+
+@app.command()
+def run(
+    experiment: Annotated[Experiment, typer.Argument(metavar="EXPERIMENT", help="voc_vgg16, the only one.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="VOCdevkit folder, its VOC2012 folder, or a tar of either.", show_default="embedded sample"),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A timm model name; vgg16 gets the lecture's head.", show_default="vgg16; slim for the sample"),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|random",
+            help="safetensors or a checkpoint; random: none, for timing.",
+            show_default="timm's pretrained weights; the sample's own",
+        ),
+    ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="scratch, frozen_convs, low_conv_lr or same_lr; repeatable.", show_default="all four"),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, show_default=SAMPLE_EPOCHS)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images.", show_default=SAMPLE_BATCH)] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side in pixels.", show_default="the model's: 224 for vgg16; sample: 64")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Base learning rate.", show_default="0.0005")] = None,
+    optimizer: Annotated[
+        Literal["rmsprop-tf1", "rmsprop"] | None,
+        typer.Option(
+            help="RMSProp as TensorFlow 1 computes it, or torch's.",
+            show_default="rmsprop-tf1 for vgg16 and the sample, else rmsprop",
+        ),
+    ] = None,
+    clip: Annotated[float | None, typer.Option(metavar="NORM", help="Clip the gradient's norm.", show_default="off")] = None,
+    warmup: Annotated[
+        int | None, typer.Option(min=0, metavar="STEPS", help="Linear warm-up.", show_default="off")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Repeatable.", show_default="0")] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where there is one.")] = "auto",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads that decode images.", show_default="one a core")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads inside torch.", show_default="one a core; sample: 1")
+    ] = None,
+    label: Annotated[
+        Literal["largest", "first"] | None,
+        typer.Option(help="An image's class: of its largest box or its first object.", show_default="largest"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where results go.", show_default="runs/voc_vgg16-DATE-TIME")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that --out holds.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that do not decode.")] = False,
+) -> None:
+    """Train the four arms of the experiment and print their errors beside the published ones."""
+    del experiment
+    try:
+        from freezeplan.experiment.command import voc_vgg16
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "a package", "run") from None
+    voc_vgg16(
+        data=data,
+        model=model,
+        weights=weights,
+        arm=arm,
+        epochs=epochs,
+        batch_size=batch_size,
+        image_size=image_size,
+        lr=lr,
+        optimizer=optimizer,
+        clip=clip,
+        warmup=warmup,
+        seed=seed,
+        device=device,
+        workers=workers,
+        threads=threads,
+        label=label,
+        out=out,
+        overwrite=overwrite,
+        skip_bad=skip_bad,
+    )
 
 
 def _resolve(plan: str, model: str, num_classes: int | None, model_arg: list[str] | None) -> Any:
