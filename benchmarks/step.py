@@ -65,7 +65,8 @@ def main() -> None:
             step()
             seconds[way].append(time.perf_counter() - start)
 
-    print(f"{arguments.model}, batch {arguments.batch_size}, {arguments.image_size} pixels, {arguments.threads} thread(s)")
+    size = f"batch {arguments.batch_size}, {arguments.image_size} pixels"
+    print(f"{arguments.model}, {size}, {arguments.threads} thread(s)")
     print(f"{'':16}{'fastest':>10}{'of fastest':>12}{'median ratio':>14}")
     for way in ways:
         ratios = [full / own for full, own in zip(seconds["full"], seconds[way], strict=True)]

@@ -1,7 +1,7 @@
 """A plan in a training loop of your own: two lines, and a proof at the end.
 
-Run it with ``python examples/own_loop.py``; it takes a few seconds on a CPU and downloads nothing: the images are random
-noise and the weights too, so only the mechanics are real.
+Run it with ``python examples/own_loop.py``; it takes a few seconds on a CPU and downloads nothing: the images are
+random noise and the weights too, so only the mechanics are real.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ ModelArg = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Experiment = Literal["voc_vgg16"]
 # Stated here and not imported: the experiment brings torch with it, and --help should not wait for that.
-SAMPLE_EPOCHS = "20; sample: 25"
-SAMPLE_BATCH = "32; sample: 16"
+EPOCHS = "20; sample: 30"
+BATCH_SIZE = "32; sample: 16"
 
 
 def main() -> None:
@@ -131,7 +131,7 @@ def run(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="A timm model name; vgg16 gets the lecture's head.", show_default="vgg16; slim for the sample"),
+        typer.Option(help="A timm model name; vgg16 gets the lecture's head.", show_default="vgg16; sample: slim"),
     ] = None,
     weights: Annotated[
         str | None,
@@ -145,8 +145,8 @@ def run(
         list[str] | None,
         typer.Option(help="scratch, frozen_convs, low_conv_lr or same_lr; repeatable.", show_default="all four"),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, show_default=SAMPLE_EPOCHS)] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images.", show_default=SAMPLE_BATCH)] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, show_default=EPOCHS)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images.", show_default=BATCH_SIZE)] = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Side in pixels.", show_default="the model's: 224 for vgg16; sample: 64")
     ] = None,
@@ -158,7 +158,9 @@ def run(
             show_default="rmsprop-tf1 for vgg16 and the sample, else rmsprop",
         ),
     ] = None,
-    clip: Annotated[float | None, typer.Option(metavar="NORM", help="Clip the gradient's norm.", show_default="off")] = None,
+    clip: Annotated[
+        float | None, typer.Option(metavar="NORM", help="Clip the gradient's norm.", show_default="off")
+    ] = None,
     warmup: Annotated[
         int | None, typer.Option(min=0, metavar="STEPS", help="Linear warm-up.", show_default="off")
     ] = None,

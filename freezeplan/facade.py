@@ -1,4 +1,4 @@
-"""``apply_plan`` and ``AppliedPlan``: the facade over everything that touches a model. It keeps names, never tensors."""
+"""``apply_plan`` and ``AppliedPlan``: the facade over all that touches a model. It keeps names, never tensors."""
 
 from __future__ import annotations
 

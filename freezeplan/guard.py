@@ -83,7 +83,8 @@ def digest(tensors: list[Tensor]) -> str:
     """Return the sha256 of the values, shapes and dtypes of some tensors, as a hexadecimal string.
 
     Examples:
-        >>> digest([torch.zeros(2)]) == digest([torch.zeros(2)]), digest([torch.zeros(2)]) == digest([torch.zeros(1, 2)])
+        >>> flat, row = torch.zeros(2), torch.zeros(1, 2)
+        >>> digest([flat]) == digest([flat.clone()]), digest([flat]) == digest([row])
         (True, False)
     """
     found = hashlib.sha256()

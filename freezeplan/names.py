@@ -81,7 +81,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     while True:
         children = dict(model.named_children())
-        if len(children) != 1 or not _WRAPPERS.issuperset(children) or ("module" in children and "module" in called_module(model)):
+        wraps = len(children) == 1 and _WRAPPERS.issuperset(children) and called_module(model).isdisjoint(children)
+        if not wraps:
             return model
         (model,) = children.values()
 

@@ -14,7 +14,7 @@ def as_json(resolution: Resolution) -> dict[str, Any]:
     """Return a resolution as plain data for ``json.dumps``.
 
     Returns:
-        ``model``, ``plan``, ``frozen`` and ``trainable`` (``tensors``, ``elements``), ``groups``, ``tensors`` (one entry
+        ``model``, ``plan``, ``frozen`` and ``trainable`` (``tensors``, ``elements``), ``groups``, ``tensors`` (an entry
         for each, in the model's order; ``lr_mult`` is None when frozen, ``rule`` counts from 1 and is None for the
         plan's default), ``rules``, ``hints``, ``random`` and ``alive``.
 

@@ -225,7 +225,9 @@ def _norms(model: nn.Module, first_name: Mapping[int, str]) -> Iterator[str]:
             and all(parameter.ndim == 1 for parameter in own)
             and (own or isinstance(module, nn.modules.batchnorm._NormBase))
         ):
-            yield from (first_name[id(parameter)] for parameter in own) if own else (names.canonical_module(name, called_module),)
+            yield from (first_name[id(parameter)] for parameter in own)
+            if not own:
+                yield names.canonical_module(name, called_module)
 
 
 def _no_decay(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[str]:

@@ -73,8 +73,8 @@ def can_checkpoint(model: nn.Module) -> bool:
 def violations(entry: dict[str, Any], family: str = "") -> list[str]:
     """Train a frozen model as carelessly as a loop can, on every way through it, and return what did not stand still.
 
-    The optimizer was made before the plan, holds everything and has stepped once, so every parameter has a gradient and a
-    momentum; gradients are zeroed and not dropped; every step calls ``model.train()``.
+    The optimizer was made before the plan, holds everything and has stepped once, so every parameter has a gradient and
+    a momentum; gradients are zeroed and not dropped; every step calls ``model.train()``.
     """
     model = build(entry)
     x = torch.randn(2, 3, entry["size"], entry["size"])
@@ -119,7 +119,7 @@ def still(model: nn.Module, trained: set[str], family: str) -> Iterator[tuple[st
 
 
 def frozen_parts(model: nn.Module, trained: set[str]) -> Iterator[tuple[str, nn.Module]]:
-    """Norms and dropouts that are frozen: nothing trained below the nearest module, from them upwards, with parameters."""
+    """Norms and dropouts that are frozen: nothing is trained below the nearest module upwards that has parameters."""
     modules = dict(model.named_modules())
     for name, module in modules.items():
         holder = name

@@ -1,0 +1,183 @@
+"""``freezeplan run voc_vgg16``: options to a finished run, with every default stated and printed."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+
+from freezeplan import render
+from freezeplan.errors import FreezePlanError, MissingExtraError
+from freezeplan.experiment.arms import ARMS, load_arms, run
+from freezeplan.experiment.results import FILES, check_free, summarise, write_results
+from freezeplan.experiment.sample import BATCH_SIZE, EPOCHS, weights_path, write_sample
+from freezeplan.experiment.screen import Screen, print_results, print_settings
+from freezeplan.experiment.train import OptimizerName, Settings
+from freezeplan.experiment.voc import LabelRule, read_voc
+from freezeplan.experiment.weights import LECTURE, default_image_size, weights_title
+
+MODEL, SAMPLE_MODEL = "vgg16", "vgg16_slim_fc256"
+RUNS = Path("runs")
+
+
+def default_settings(model: str, *, sample: bool) -> Settings:
+    """Return what a run takes where it is told nothing else; ``voc_vgg16`` gives the reasons.
+
+    Examples:
+        >>> settings = default_settings("vgg16", sample=False)
+        >>> settings.epochs, settings.batch_size, settings.image_size, settings.optimizer
+        (20, 32, 224, 'rmsprop-tf1')
+        >>> default_settings("resnet18", sample=False).optimizer
+        'rmsprop'
+    """
+    return Settings(
+        epochs=EPOCHS if sample else 20,
+        batch_size=BATCH_SIZE if sample else 32,
+        image_size=default_image_size(model),
+        optimizer="rmsprop-tf1" if model in LECTURE else "rmsprop",
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        threads=1 if sample else _cores(),
+        workers=_cores(),
+    )
+
+
+def voc_vgg16(
+    *,
+    data: Path | None = None,
+    model: str | None = None,
+    weights: str | None = None,
+    arm: Sequence[str] | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    image_size: int | None = None,
+    lr: float | None = None,
+    optimizer: OptimizerName | None = None,
+    clip: float | None = None,
+    warmup: int | None = None,
+    seed: Sequence[int] | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    workers: int | None = None,
+    threads: int | None = None,
+    label: LabelRule | None = None,
+    out: Path | None = None,
+    overwrite: bool = False,
+    skip_bad: bool = False,
+) -> Path:
+    """Run the lecture's experiment: train the arms, print their errors beside the published ones, write the results.
+
+    Settings and figures go to stdout, progress to stderr. Nothing is trained before the output folder, the arms, the
+    data set's lists and annotations, the model and its weights have been checked.
+
+    Args:
+        data: A VOCdevkit folder, its VOC2012 folder, or a tar of either. None: the embedded sample.
+        model: A timm model name. None: ``vgg16`` with the lecture's head; of the sample its slim version.
+        weights: A safetensors file, a checkpoint, or ``random``. None: timm's pretrained weights; of the sample those
+            that come with it.
+        arm: Which of ``arms.ARMS``, in this order. None: all four, in the lecture's order.
+        epochs: None: 20, which is a choice, as the lecture does not say; of the sample 30, its recipe's.
+        batch_size: None: 32, which is a choice too; of the sample 16, its recipe's.
+        image_size: Side in pixels. None: the size that the model was trained on (224 for ``vgg16``, as in the lecture).
+        lr: None: 0.0005, the lecture's.
+        optimizer: None: ``rmsprop-tf1``, as the lecture computed it, for VGG16; ``rmsprop`` for other models, which
+            learn faster with it.
+        clip: Largest norm of the gradient. None: no clipping, as in the lecture.
+        warmup: Steps of linear warm-up. None: none, as in the lecture.
+        seed: None: 0.
+        device: ``auto`` takes CUDA where there is one.
+        workers: Threads that decode images. None: one a core.
+        threads: Threads inside torch. None: one for the sample, whose figures then are the same on every number of
+            cores; otherwise one a core.
+        label: Which class an image is trained on: that of its ``largest`` box or of its ``first`` object. None:
+            ``largest``, which is a choice, as the lecture does not say.
+        out: None: ``runs/voc_vgg16-DATE-TIME`` in the working directory.
+        overwrite: Replace results that ``out`` holds.
+        skip_bad: Leave out images that do not decode, and say how many.
+
+    Returns:
+        The folder with ``results.json``, ``results.csv`` and ``curves.png``.
+
+    Raises:
+        FreezePlanError: One of its kinds for anything that was given and is missing, damaged or does not fit.
+    """
+    for package in ("matplotlib", "torchmetrics"):
+        if find_spec(package) is None:
+            raise MissingExtraError(package, "run")
+    plans = load_arms(arm or ARMS)
+    out = out or RUNS / time.strftime("voc_vgg16-%Y%m%d-%H%M%S")
+    check_free(out, overwrite=overwrite)
+    sample = data is None
+    model = model or (SAMPLE_MODEL if sample else MODEL)
+    if sample and model == SAMPLE_MODEL and weights is None:
+        weights = str(weights_path())
+    options: dict[str, Any] = {
+        "epochs": _at_least(1, "--epochs", epochs),
+        "batch_size": _at_least(1, "--batch-size", batch_size),
+        "image_size": _at_least(1, "--image-size", image_size),
+        "lr": _positive("--lr", lr),
+        "optimizer": optimizer,
+        "clip": _positive("--clip", clip),
+        "warmup": _at_least(0, "--warmup", warmup),
+        "label": label,
+        "device": None if device == "auto" else _device(device),
+        "threads": _at_least(1, "--threads", threads),
+        "workers": _at_least(1, "--workers", workers),
+        "skip_bad": skip_bad or None,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    settings = replace(default_settings(model, sample=sample), **given)
+    seeds = list(dict.fromkeys(seed or [0]))
+    stdout, stderr = render.stdout(), render.stderr()
+    with TemporaryDirectory() as temporary:
+        voc = read_voc(write_sample(Path(temporary)), name="embedded sample") if data is None else read_voc(data)
+        facts = {
+            "data": f"{voc.name}: {len(voc.train):,} training and {len(voc.val):,} validation images",
+            "classes": f"{len(voc.classes)}: {', '.join(voc.classes)}",
+            "model": f"{model}; weights: {weights_title(model, weights)}",
+            "arms": ", ".join(plans),
+            "seeds": ", ".join(map(str, seeds)),
+        }
+        print_settings(stdout, facts, settings, frozenset(given), sample=sample)
+        with Screen(stderr, settings.epochs) as screen:
+            outcome = run(voc, plans, settings, model=model, weights=weights, seeds=seeds, watch=screen)
+    title = weights_title(model, weights)
+    results = summarise(outcome, voc, settings, model=model, weights=title, sample=sample)
+    print_results(stdout, results)
+    if outcome.skipped:
+        bad = outcome.skipped
+        count = "1 image does not decode and was" if len(bad) == 1 else f"{len(bad)} images do not decode and were"
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        stderr.print(f"{count} left out: {', '.join(bad[:5])}{more}", soft_wrap=True)
+    write_results(out, results)
+    stdout.print(f"\nWritten to {out}: {', '.join(FILES)}", soft_wrap=True)
+    return out
+
+
+def _cores() -> int:
+    """Cores that this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise FreezePlanError("--device cuda: torch finds no CUDA device", notes=["--device cpu or --device auto"])
+    return name
+
+
+def _at_least(least: int, option: str, value: int | None) -> int | None:
+    if value is not None and value < least:
+        raise FreezePlanError(f"{option} is a whole number of at least {least}, found {value}")
+    return value
+
+
+def _positive(option: str, value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise FreezePlanError(f"{option} is a number above 0, found {value:g}")
+    return value

@@ -1,0 +1,191 @@
+"""What a run found out as plain data, and its three files: ``results.json``, ``results.csv`` and ``curves.png``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import freezeplan
+from freezeplan.errors import OutputError
+from freezeplan.experiment.arms import PUBLISHED, SOURCE, Outcome
+from freezeplan.experiment.train import Run, Settings
+from freezeplan.experiment.voc import VocData
+
+FILES = ("results.json", "results.csv", "curves.png")
+ERRORS = ("top1_error", "top5_error", "any_error", "train_error")
+COLUMNS = ("arm", "seed", *ERRORS, "mean_average_precision", "learned", "epochs", "seconds")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito's, told apart by colour-blind readers too
+
+
+def summarise(
+    outcome: Outcome, data: VocData, settings: Settings, *, model: str, weights: str, sample: bool
+) -> dict[str, Any]:
+    """Write down a run as data for JSON: figures are means over the seeds, errors fractions from 0 to 1.
+
+    Args:
+        outcome: What was trained.
+        data: On what.
+        settings: And how.
+        model: Name of the model as it was asked for.
+        weights: What the weights are called.
+        sample: Whether the data are the embedded sample.
+
+    Returns:
+        The content of ``results.json``. ``top5_error`` is None for five classes or fewer, ``train_loss`` where it was
+        not finite.
+    """
+    return {
+        "freezeplan": freezeplan.__version__,
+        "data": {
+            "name": data.name,
+            "train": outcome.train_images,
+            "val": outcome.val_images,
+            "classes": list(data.classes),
+            "sample": sample,
+            "skipped": list(outcome.skipped),
+        },
+        "model": model,
+        "weights": weights,
+        "label": settings.label,
+        "settings": asdict(settings),
+        "published": {"source": SOURCE, **{arm: asdict(PUBLISHED[arm]) for arm in outcome.plans if arm in PUBLISHED}},
+        "arms": {
+            arm: _arm(plan.model_dump(mode="json", exclude_defaults=True), outcome.runs[arm], data.classes)
+            for arm, plan in outcome.plans.items()
+        },
+    }
+
+
+def to_csv(results: Mapping[str, Any]) -> str:
+    """Write one row an arm and seed, a header first. Empty: there is no such figure.
+
+    Examples:
+        >>> to_csv({"arms": {}}).strip().split(",")[:3]
+        ['arm', 'seed', 'top1_error']
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for arm, found in results["arms"].items():
+        writer.writerows({**run, "arm": arm, "epochs": len(run["epochs"])} for run in found["runs"])
+    return text.getvalue()
+
+
+def to_png(results: Mapping[str, Any]) -> bytes:
+    """Draw training loss and validation top-1 error over the epochs, one colour an arm, one line a seed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, error = figure.subplots(1, 2)
+    for (arm, found), colour in zip(results["arms"].items(), COLOURS, strict=False):
+        label = _legend(arm, found)
+        for number, run in enumerate(found["runs"]):
+            epochs = [epoch["epoch"] for epoch in run["epochs"]]
+            losses = [math.nan if epoch["train_loss"] is None else epoch["train_loss"] for epoch in run["epochs"]]
+            errors = [100 * epoch["val_top1_error"] for epoch in run["epochs"]]
+            # A floor keeps a loss of exactly zero on the logarithmic axis.
+            for axes, values in ((loss, [max(value, 1e-8) for value in losses]), (error, errors)):
+                axes.plot(epochs, values, color=colour, marker="o", markersize=3, label=None if number else label)
+    loss.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy", yscale="log")
+    error.set(title="Validation top-1 error", xlabel="epoch", ylabel="%", ylim=(0, 100))
+    for axes in (loss, error):
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*error.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    kind = "embedded sample, not VOC" if results["data"]["sample"] else results["data"]["name"]
+    figure.suptitle(f"{results['model']} on {kind}".replace("$", r"\$"))
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    return picture.getvalue()
+
+
+def check_free(out: Path, *, overwrite: bool) -> None:
+    """Make sure, before anything is trained, that results can be written to a folder. Changes nothing.
+
+    Raises:
+        OutputError: If the folder holds results that may not be overwritten, is a file, or cannot be written.
+    """
+    held = [name for name in FILES if (out / name).exists()] if out.is_dir() else []
+    if held and not overwrite:
+        notes = ["--overwrite replaces them, or give another folder with --out"]
+        raise OutputError(f"already holds {', '.join(held)}", where=str(out), notes=notes)
+    place = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise OutputError(f"{place} is a file, expected a folder", where=str(out))
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(f"{place} cannot be written to", where=str(out))
+
+
+def write_results(out: Path, results: Mapping[str, Any]) -> None:
+    """Write the three files to a folder, which is made if need be: all of them or, where that fails, none.
+
+    Args:
+        out: The folder; files of an earlier run in it are replaced.
+        results: What ``summarise`` returned.
+
+    Raises:
+        OutputError: If they cannot be written, for example because the disk is full. Nothing half-written stays.
+    """
+    json_text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    contents = dict(zip(FILES, (json_text.encode(), to_csv(results).encode(), to_png(results)), strict=True))
+    written: dict[str, Path] = {}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            with NamedTemporaryFile(dir=out, prefix=f".{name}.", delete=False) as file:
+                written[name] = Path(file.name)
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for name, path in written.items():
+            path.chmod(0o644)  # temporary files are their owner's alone
+            path.replace(out / name)
+    except OSError as error:
+        for path in written.values():
+            path.unlink(missing_ok=True)
+        reason = error.strerror or type(error).__name__
+        notes = ["nothing half-written was left behind; the figures are above"]
+        raise OutputError(f"results cannot be written: {reason}", where=str(out), notes=notes) from error
+
+
+def _arm(plan: dict[str, Any], runs: tuple[Run, ...], classes: tuple[str, ...]) -> dict[str, Any]:
+    found = [_run(run, classes) for run in runs]
+    means = {key: None if found[0][key] is None else fmean(run[key] for run in found) for key in ERRORS}
+    return {"plan": plan, **means, "learned": all(run["learned"] for run in found), "runs": found}
+
+
+def _run(run: Run, classes: tuple[str, ...]) -> dict[str, Any]:
+    precision = dict(zip(classes, run.val.average_precision, strict=True))
+    known = [value for value in precision.values() if value is not None]
+    return {
+        "seed": run.seed,
+        "top1_error": run.val.top1_error,
+        "top5_error": run.val.top5_error,
+        "any_error": run.val.any_error,
+        "train_error": run.train_error,
+        "learned": run.learned,
+        "mean_average_precision": fmean(known) if known else None,
+        "average_precision": precision,
+        "seconds": run.seconds,
+        "epochs": [
+            {**asdict(epoch), "train_loss": epoch.train_loss if math.isfinite(epoch.train_loss) else None}
+            for epoch in run.epochs
+        ],
+    }
+
+
+def _legend(arm: str, found: Mapping[str, Any]) -> str:
+    return f"{arm} ({100 * found['top1_error']:.1f} %{'' if found['learned'] else ', did not learn'})"

@@ -1,0 +1,198 @@
+"""A run on the terminal: the table of arms and the bar while it lasts on stderr, settings and figures on stdout."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from freezeplan.experiment.arms import PUBLISHED, SOURCE
+from freezeplan.experiment.train import Epoch, Run, Settings
+
+NOT_LEARNED = "did not learn"
+
+
+@dataclass(frozen=True)
+class Line:
+    """What the live table shows of one arm and seed."""
+
+    arm: str
+    seed: int
+    epochs: tuple[Epoch, ...] = ()
+    run: Run | None = None
+
+
+@dataclass
+class Screen:
+    """Watch a run: a live table of arms with a bar below on a terminal, one line an arm where there is none.
+
+    Use it as a context manager; at the end the terminal is as it was before. It is an ``arms.Watch``.
+    """
+
+    console: Console
+    epochs: int
+    lines: list[Line] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            TextColumn("loss {task.fields[loss]}", markup=False),
+            _Speed(),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            expand=True,
+        )
+        self._live = Live(get_renderable=self._view, console=self.console, transient=True, redirect_stdout=False)
+        self._asked = 0.0
+
+    def __enter__(self) -> Screen:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._live.stop()
+
+    def started(self, arm: str, seed: int, images: int) -> None:
+        """Add a line to the table and start a new bar."""
+        self.lines.append(Line(arm, seed))
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+        self._task = self._bar.add_task(f"{arm}, seed {seed}", total=images, loss="-")
+
+    def batch(self, images: int, loss: Tensor) -> None:
+        """Move the bar on; the loss is read twice a second, since reading it waits for the device."""
+        self._bar.advance(self._task, images)
+        if time.monotonic() - self._asked > 0.5 and self.console.is_terminal:
+            self._asked = time.monotonic()
+            self._bar.update(self._task, loss=f"{float(loss):.3f}")
+
+    def epoch(self, epoch: Epoch) -> None:
+        """Show the epoch's figures in the table."""
+        self.lines[-1] = replace(self.lines[-1], epochs=(*self.lines[-1].epochs, epoch))
+
+    def finished(self, arm: str, run: Run) -> None:
+        """Show the arm's figures in the table, or print them where there is no terminal."""
+        self.lines[-1] = replace(self.lines[-1], run=run)
+        if not self.console.is_terminal:
+            mark = "" if run.learned else f" ({NOT_LEARNED})"
+            self.console.print(
+                f"{arm}, seed {run.seed}: validation top-1 error {percent(run.val.top1_error)} %, "
+                f"training error {percent(run.train_error)} %{mark}, {run.seconds:.0f} s",
+                soft_wrap=True,
+            )
+
+    def _view(self) -> Group | Text:
+        if not self.lines:
+            return Text("reading weights and images ...", "dim")
+        table = _table("arm", "seed", "epoch", "train loss", "val top-1 %")
+        for line in self.lines:
+            last = line.epochs[-1] if line.epochs else None
+            table.add_row(
+                Text(line.arm, style="bold" if line.run is None else ""),
+                str(line.seed),
+                f"{len(line.epochs)}/{self.epochs}",
+                f"{last.train_loss:.3f}" if last else "",
+                percent(last.val_top1_error) if last else "",
+            )
+        return Group(table, self._bar)
+
+
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        """Return images per second, or nothing before the first ones are done."""
+        return Text(f"{task.speed:.0f} images/s" if task.speed else "")
+
+
+def print_settings(
+    console: Console, facts: Mapping[str, str], settings: Settings, given: frozenset[str], *, sample: bool
+) -> None:
+    """Print what a run is going to do, and which of its settings are defaults; the sample gets a banner first.
+
+    Args:
+        console: Where to.
+        facts: What is not in the settings: data, model, arms.
+        settings: All settings.
+        given: Names of those that were asked for; the others are marked as defaults.
+        sample: Whether the data are the embedded sample.
+    """
+    if sample:
+        banner = "EMBEDDED SAMPLE, NOT VOC: drawn shapes; its figures say nothing about VOC."
+        console.print(Text(banner, "bold yellow"))
+        console.print(Text("For the experiment itself give --data a VOCdevkit folder or the archive of VOC 2012."))
+        console.print()
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, Text(value))
+    for name, value in asdict(settings).items():
+        shown = "off" if value is None or value is False else "on" if value is True else str(value)
+        table.add_row(name.replace("_", "-"), Text.assemble(shown, ("" if name in given else "  (default)", "dim")))
+    console.print(table)
+    console.print()
+
+
+def print_results(console: Console, results: Mapping[str, Any]) -> None:
+    """Print errors in per cent, one row an arm, beside the published ones; means where there are several seeds.
+
+    Args:
+        console: Where to.
+        results: What ``results.summarise`` returned.
+    """
+    table = _table("arm", "top-1", "top-5", "any", "training", "published\ntop-1", "published\ntop-5")
+    for column in table.columns[-2:]:
+        column.style = "cyan"
+    for arm, found in results["arms"].items():
+        published = PUBLISHED.get(arm)
+        seen = [found[key] for key in ("top1_error", "top5_error", "any_error", "train_error")]
+        theirs = [published.top1_error, published.top5_error] if published else [None, None]
+        mark = Text() if found["learned"] else Text(f"\n{NOT_LEARNED}", "yellow")
+        table.add_row(Text(arm) + mark, *map(percent, seen + theirs))
+    seeds = len(next(iter(results["arms"].values()))["runs"])
+    kind = "the embedded sample" if results["data"]["sample"] else results["data"]["name"]
+    mean = f", mean of {seeds} seeds" if seeds > 1 else ""
+    console.print(Text(f"Error in % of {results['model']} on {kind}{mean}", "bold"))
+    console.print(table)
+    label = "the class of the " + ("largest box" if results["label"] == "largest" else "first object")
+    for line in (
+        f"top-1, top-5: validation images, against {label}",
+        "any: right if the class is on the image at all",
+        "training: top-1 on the training images; all in eval mode after the last epoch",
+    ):
+        console.print(Text(line, "dim"))
+    console.print(Text(f"published: {SOURCE}", "cyan"))
+    for arm, found in results["arms"].items():
+        if not found["learned"]:
+            reason = "its training error is no better than that of naming the commonest class"
+            console.print(Text(f"{arm} {NOT_LEARNED}: {reason}", "yellow"))
+
+
+def percent(fraction: float | None) -> str:
+    """Write a fraction in per cent; ``-`` where there is none.
+
+    Examples:
+        >>> percent(0.191), percent(0.0179), percent(None)
+        ('19.1', '1.79', '-')
+    """
+    if fraction is None:
+        return "-"
+    return f"{100 * fraction:.1f}" if fraction >= 0.1 or fraction == 0 else f"{100 * fraction:.2f}"
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column(first, no_wrap=True)
+    for other in others:
+        table.add_column(other, justify="right")
+    return table

@@ -1,0 +1,303 @@
+"""One arm: a plan is applied to a model, the model is trained, and its errors are measured. One plain loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import timm.optim
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from freezeplan import Plan, apply_plan
+from freezeplan.errors import ModelError
+from freezeplan.experiment.voc import LabelRule, Split
+
+OptimizerName = Literal["rmsprop-tf1", "rmsprop"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides a run besides data, model, weights, arms and seeds."""
+
+    epochs: int
+    """Passes over the training images."""
+    batch_size: int
+    """Images a step, at most: an epoch is cut into parts as equal as they can be, so that none is of one image."""
+    image_size: int
+    """Side of the square images in pixels."""
+    lr: float = 5e-4
+    """Base learning rate, constant after the warm-up; the lecture's."""
+    optimizer: OptimizerName = "rmsprop-tf1"
+    clip: float | None = None
+    """Largest L2 norm of all gradients together; None: no clipping."""
+    warmup: int = 0
+    """Steps over which the rate grows linearly from nothing."""
+    label: LabelRule = "largest"
+    device: str = "cpu"
+    threads: int = 1
+    """Threads inside torch; their number changes the last digits of a result on the CPU."""
+    workers: int = 1
+    """Threads that decode images, once, before training."""
+    skip_bad: bool = False
+    """Leave out images that do not decode."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one pass over the training images gave."""
+
+    epoch: int
+    """Counted from 1."""
+    train_loss: float
+    """Mean cross-entropy over the epoch, in train mode, while learning; NaN if it blew up."""
+    val_top1_error: float
+    """Fraction of validation images whose label is not the first guess."""
+    train_seconds: float
+    eval_seconds: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Errors of a model on one split, in eval mode; fractions from 0 to 1."""
+
+    top1_error: float
+    top5_error: float | None
+    """None for five classes or fewer."""
+    any_error: float
+    """Fraction of images that do not show the guessed class at all."""
+    average_precision: tuple[float | None, ...]
+    """One a class; None where the split shows none of it. Images whose only such objects are difficult do not count."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm trained with one seed."""
+
+    seed: int
+    epochs: tuple[Epoch, ...]
+    val: Measured
+    """After the last epoch."""
+    train_error: float
+    """Top-1 error on the training images, in eval mode, after the last epoch."""
+    learned: bool
+    """Whether ``train_error`` is below the error of always naming the commonest training class."""
+    seconds: float
+    """Training and validation, all epochs."""
+
+
+class Progress(Protocol):
+    """Who is told how an arm is getting on."""
+
+    def batch(self, images: int, loss: Tensor) -> None:
+        """Take note of a step over ``images`` images; reading ``loss`` waits for the device, so do it seldom."""
+
+    def epoch(self, epoch: Epoch) -> None:
+        """Take note of a finished epoch."""
+
+
+def train_arm(
+    model: nn.Module, plan: Plan, data: tuple[Split, Split], settings: Settings, *, seed: int, progress: Progress
+) -> Run:
+    """Train one arm and measure it.
+
+    Softmax cross-entropy, no augmentation, channels-last, constant rate. Every arm of a seed sees the same images in
+    the same order. A loss that is not finite does not stop the run; its errors show what it has come to.
+
+    The model is changed in place: the plan stays applied and the weights are trained ones. Torch's global random state
+    is the caller's again afterwards.
+
+    Args:
+        model: A timm model with a class for each class of the data, on the device of ``data``.
+        plan: What is frozen and what learns how fast.
+        data: Training and validation split, on the device.
+        settings: Everything else.
+        seed: Decides shuffling, ``reinit``, dropout.
+        progress: Is told of every step and epoch.
+
+    Returns:
+        The arm's figures.
+
+    Raises:
+        PlanError: If the plan does not fit the model.
+        ModelError: If the model cannot be trained on batches of this size: too large for the device's memory, or a
+            single image where a norm layer needs several.
+    """
+    train, val = data
+    device = train.images.device
+    mean, std = _normalisation(model, device)
+    model.to(memory_format=torch.channels_last)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        applied = apply_plan(model, plan, lr=settings.lr)
+        optimizer = make_optimizer(settings.optimizer, applied.param_groups, lr=settings.lr)
+        schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (settings.warmup or 1)))
+        trainable = list(applied.trainable_parameters())
+        order = torch.Generator().manual_seed(seed)
+        epochs = []
+        for number in range(1, settings.epochs + 1):
+            started = time.perf_counter()
+            model.train()
+            total = torch.zeros((), device=device)
+            for rows in batches(len(train.labels), settings.batch_size, order):
+                rows = rows.to(device)
+                with _explained(settings):
+                    loss = F.cross_entropy(model(_pixels(train.images[rows], mean, std)), train.labels[rows])
+                    optimizer.zero_grad()
+                    loss.backward()  # type: ignore[no-untyped-call]
+                if settings.clip is not None:
+                    nn.utils.clip_grad_norm_(trainable, settings.clip)
+                optimizer.step()
+                schedule.step()
+                total += loss.detach() * len(rows)
+                progress.batch(len(rows), loss.detach())
+            train_loss = float(total) / len(train.labels)
+            trained = time.perf_counter()
+            logits = predict(model, val, settings.batch_size)
+            error = _fraction(logits.argmax(1) != val.labels)
+            epochs.append(Epoch(number, train_loss, error, trained - started, time.perf_counter() - trained))
+            progress.epoch(epochs[-1])
+    train_error = _fraction(predict(model, train, settings.batch_size).argmax(1) != train.labels)
+    return Run(
+        seed=seed,
+        epochs=tuple(epochs),
+        val=measure(logits, val),
+        train_error=train_error,
+        learned=math.isfinite(epochs[-1].train_loss) and train_error < commonest_error(train.labels),
+        seconds=sum(epoch.train_seconds + epoch.eval_seconds for epoch in epochs),
+    )
+
+
+def make_optimizer(name: OptimizerName, groups: list[dict[str, Any]], *, lr: float) -> torch.optim.Optimizer:
+    """Make the lecture's RMSProp, decay 0.9 and epsilon 1e-10.
+
+    Args:
+        name: ``rmsprop-tf1``: as TensorFlow 1 computes it, epsilon inside the root and the mean square starting at one,
+            which warms up over about 100 steps (timm's ``RMSpropTF``); ``rmsprop``: torch's.
+        groups: Parameter groups.
+        lr: Learning rate of groups that carry none.
+
+    Examples:
+        >>> type(make_optimizer("rmsprop", [{"params": [nn.Parameter(torch.zeros(1))]}], lr=0.1)).__name__
+        'RMSprop'
+    """
+    if name == "rmsprop-tf1":
+        optimizer: torch.optim.Optimizer = timm.optim.RMSpropTF(groups, lr=lr, alpha=0.9, eps=1e-10)
+        return optimizer
+    return torch.optim.RMSprop(groups, lr=lr, alpha=0.9, eps=1e-10)
+
+
+def batches(count: int, size: int, order: torch.Generator) -> tuple[Tensor, ...]:
+    """Shuffle the rows 0 to ``count`` and cut them into parts of at most ``size``, as equal as they can be.
+
+    Args:
+        count: Number of rows.
+        size: Rows a part, at most.
+        order: The generator that shuffles; it is advanced.
+
+    Examples:
+        >>> [len(rows) for rows in batches(9, 4, torch.Generator())]
+        [3, 3, 3]
+    """
+    return torch.randperm(count, generator=order).tensor_split(math.ceil(count / size))
+
+
+def predict(model: nn.Module, split: Split, batch_size: int) -> Tensor:
+    """Return a model's answers to every image of a split, in eval mode, without gradients.
+
+    The model is left in eval mode. What is not a number becomes zero: a model that blew up names one class.
+
+    Returns:
+        float32 logits, (N, classes), on the split's device.
+    """
+    mean, std = _normalisation(model, split.images.device)
+    model.eval()
+    with torch.no_grad():
+        logits = [model(_pixels(images, mean, std)) for images in torch.split(split.images, batch_size)]
+    return torch.cat(logits).float().nan_to_num(nan=0.0)
+
+
+def measure(logits: Tensor, split: Split) -> Measured:
+    """Compare answers with what is on the images.
+
+    Args:
+        logits: (N, classes).
+        split: The images they answer, N of them.
+
+    Returns:
+        Errors, and the average precision of each class by its softmax probability (torchmetrics; the area under the
+        precision-recall steps, without VOC's smoothing).
+
+    Examples:
+        >>> images = torch.zeros(2, 3, 1, 1)
+        >>> split = Split(images, labels=torch.tensor([0, 1]), present=torch.tensor([[1, 1], [1, 1]]))
+        >>> measured = measure(torch.tensor([[2.0, 1.0], [2.0, 1.0]]), split)
+        >>> measured.top1_error, measured.top5_error, measured.any_error
+        (0.5, None, 0.0)
+    """
+    guesses = logits.topk(min(5, logits.shape[1])).indices
+    right = guesses == split.labels[:, None]
+    shown = split.present.gather(1, guesses[:, :1]) != 0
+    return Measured(
+        top1_error=_fraction(~right[:, 0]),
+        top5_error=_fraction(~right.any(1)) if logits.shape[1] > 5 else None,
+        any_error=_fraction(~shown),
+        average_precision=_average_precision(logits.softmax(1), split.present),
+    )
+
+
+def commonest_error(labels: Tensor) -> float:
+    """Return the error of always naming the commonest of these classes.
+
+    Examples:
+        >>> commonest_error(torch.tensor([0, 0, 0, 1]))
+        0.25
+    """
+    return 1 - int(labels.bincount().max()) / len(labels)
+
+
+def _average_precision(scores: Tensor, present: Tensor) -> tuple[float | None, ...]:
+    from torchmetrics.functional.classification import binary_average_precision  # an extra, and slow to import
+
+    found = []
+    for score, shown in zip(scores.T, present.T, strict=True):
+        counts = shown >= 0
+        any_shown = bool((shown == 1).any())
+        found.append(float(binary_average_precision(score[counts], shown[counts])) if any_shown else None)
+    return tuple(found)
+
+
+def _fraction(wrong: Tensor) -> float:
+    return int(wrong.sum()) / len(wrong)
+
+
+def _pixels(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    return images.float().div(255).sub(mean).div(std).contiguous(memory_format=torch.channels_last)
+
+
+def _normalisation(model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What the weights expect, as timm knows it; of shape (3, 1, 1)."""
+    config: Any = model.pretrained_cfg
+    mean, std = (torch.tensor(config[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
+    return mean, std
+
+
+@contextmanager
+def _explained(settings: Settings) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        notes = [f"--batch-size {max(1, settings.batch_size // 2)}, or a smaller --image-size"]
+        raise ModelError(
+            f"a batch of {settings.batch_size} does not fit in the device's memory", notes=notes
+        ) from error
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        raise ModelError("a norm layer needs more than one image a batch", notes=["--batch-size 2 or more"]) from error

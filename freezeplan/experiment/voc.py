@@ -1,0 +1,281 @@
+"""Reading images in PASCAL VOC's layout, from a folder or straight out of a tar. Nothing is extracted or written.
+
+The class list is whatever the annotations of the two splits name, so any data set in this layout will do. Whatever is
+missing, damaged or empty is a :class:`~freezeplan.errors.DataError` that names the file inside the data set.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from freezeplan.errors import DataError, Problem
+from freezeplan.experiment.archive import Files, open_files
+
+LabelRule = Literal["largest", "first"]
+SplitName = Literal["train", "val"]
+
+LISTS = ("ImageSets/Main/train.txt", "ImageSets/Main/val.txt")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+
+
+@dataclass(frozen=True)
+class Box:
+    """One annotated object. Corners are in pixels of the original image, as VOC counts them."""
+
+    name: str
+    xmin: float
+    ymin: float
+    xmax: float
+    ymax: float
+    difficult: bool = False
+
+    @property
+    def area(self) -> float:
+        """Area in square pixels, never below zero."""
+        return max(0.0, self.xmax - self.xmin) * max(0.0, self.ymax - self.ymin)
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One image of a list: where its bytes are, and at least one object that is on it."""
+
+    id: str
+    file: str
+    """Name of the image below the data set's root, ``JPEGImages/2012_000001.jpg``."""
+    objects: tuple[Box, ...]
+
+
+@dataclass(frozen=True)
+class VocData:
+    """A data set in VOC's layout: its classes and both lists, without any pixel yet."""
+
+    name: str
+    classes: tuple[str, ...]
+    """The names found in the annotations of both splits, sorted; a label is an index into them."""
+    train: tuple[Photo, ...]
+    val: tuple[Photo, ...]
+    files: Files
+
+
+@dataclass(frozen=True)
+class Split:
+    """The decoded images of one list and what is on them, one row an image."""
+
+    images: Tensor
+    """uint8, (N, 3, S, S), RGB."""
+    labels: Tensor
+    """int64, (N,): the class that the label rule chose."""
+    present: Tensor
+    """int64, (N, classes): 1 where the class is on the image, 0 where not, -1 where all of it is marked difficult."""
+    skipped: tuple[str, ...] = ()
+    """Files left out because they do not decode."""
+
+    def to(self, device: torch.device) -> Split:
+        """Return the same split with its tensors on ``device``."""
+        images, labels, present = (t.to(device) for t in (self.images, self.labels, self.present))
+        return replace(self, images=images, labels=labels, present=present)
+
+
+def read_voc(path: str | Path, *, name: str | None = None) -> VocData:
+    """Read the lists and annotations of a data set in VOC's layout.
+
+    Args:
+        path: A ``VOCdevkit`` folder, the ``VOC2012`` folder in it, any folder with ``ImageSets/Main``, ``Annotations``
+            and ``JPEGImages``, or a ``.tar``, ``.tar.gz`` or ``.tgz`` of one of these. Of several
+            years VOC2012 is taken.
+        name: What the data set is called in results; by default the last part of ``path``.
+
+    Returns:
+        Classes, and for every listed image its file and objects.
+
+    Raises:
+        DataError: If something is missing, damaged, empty or not in this layout; every damaged annotation and every
+            missing file of both lists is named at once.
+    """
+    path = Path(path)
+    files = open_files(path, LISTS[0])
+    problems: list[Problem] = []
+    train, val = (_read_list(files, file, problems) for file in LISTS)
+    if problems:
+        raise DataError(_first_of(problems))
+    classes = tuple(sorted({box.name for photo in train + val for box in photo.objects}))
+    return VocData(name or path.resolve().name, classes, train, val, files)
+
+
+def label(photo: Photo, rule: LabelRule) -> str:
+    """Return the one class that a photo is trained on.
+
+    Args:
+        photo: An image with at least one object.
+        rule: ``largest``: the class of the box with the largest area, of equal ones the first; ``first``: the class
+            of the object that the annotation lists first. Objects marked difficult count like the others.
+
+    Examples:
+        >>> photo = Photo("1", "JPEGImages/1.jpg", (Box("cat", 0, 0, 9, 9), Box("sofa", 0, 0, 99, 50)))
+        >>> label(photo, "largest"), label(photo, "first")
+        ('sofa', 'cat')
+    """
+    return photo.objects[0].name if rule == "first" else max(photo.objects, key=lambda box: box.area).name
+
+
+def load_split(
+    data: VocData, split: SplitName, *, image_size: int, rule: LabelRule, workers: int = 1, skip_bad: bool = False
+) -> Split:
+    """Decode one list of a data set into one tensor, squashing every image to a square.
+
+    Done once: all arms share the result. By PIL: torchvision's decoders are faster and about to be removed from it.
+
+    Args:
+        data: What :func:`read_voc` returned.
+        split: ``train`` or ``val``.
+        image_size: Side of the square in pixels.
+        rule: Which class an image is trained on, see :func:`label`.
+        workers: Threads that decode.
+        skip_bad: Leave out images that do not decode and list them in the result, instead of failing.
+
+    Returns:
+        uint8 images (N, 3, image_size, image_size) in the order of the list, and their classes.
+
+    Raises:
+        DataError: If an image does not decode (the first one in the list is named), if none is left, or if a class
+            labels no training image.
+    """
+    photos = data.train if split == "train" else data.val
+    images = torch.empty((len(photos), 3, image_size, image_size), dtype=torch.uint8)
+
+    def decode_into(row: int) -> Problem | None:
+        try:
+            images[row] = decode(data.files.read(photos[row].file), image_size)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
+            return Problem(f"{photos[row].file} does not decode ({_reason(error)})", str(data.files.path))
+        return None
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        results = list(pool.map(decode_into, range(len(photos))))
+    bad = [problem for problem in results if problem]
+    if bad and not skip_bad:
+        raise DataError(replace(bad[0], notes=(_count_bad(len(bad)),)))
+    good = [row for row, problem in enumerate(results) if not problem]
+    if not good:
+        raise DataError(f"no image of the {split} list decodes", where=str(data.files.path))
+    if bad:
+        images = images[good]
+    kept = [photos[row] for row in good]
+    if split == "train":
+        _check_every_class_is_trained(data, kept, rule)
+    return Split(
+        images,
+        torch.tensor([data.classes.index(label(photo, rule)) for photo in kept]),
+        torch.tensor([[_presence(photo, name) for name in data.classes] for photo in kept]),
+        tuple(photo.file for photo, problem in zip(photos, results, strict=True) if problem),
+    )
+
+
+def decode(content: bytes, image_size: int) -> Tensor:
+    """Decode one image to uint8 RGB, (3, image_size, image_size): squashed to a square, bilinear with antialiasing.
+
+    Raises:
+        OSError: If it is no image, damaged or cut short.
+        SyntaxError: If it is a damaged PNG.
+        PIL.Image.DecompressionBombError: If it claims to have more pixels than PIL allows.
+
+    Examples:
+        >>> buffer = io.BytesIO()
+        >>> Image.new("L", (20, 10), 128).save(buffer, "PNG")
+        >>> decode(buffer.getvalue(), 4).shape, decode(buffer.getvalue(), 4).unique()
+        (torch.Size([3, 4, 4]), tensor([128], dtype=torch.uint8))
+    """
+    with Image.open(io.BytesIO(content)) as picture:
+        small = picture.convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(small)).permute(2, 0, 1)
+
+
+def _read_list(files: Files, file: str, problems: list[Problem]) -> tuple[Photo, ...]:
+    where = str(files.path)
+    if not files.has(file):
+        raise DataError(f"{file} is missing", where=where, notes=["both train.txt and val.txt are needed"])
+    lines = files.read(file).decode(errors="replace").splitlines()
+    ids = [line.split()[0] for line in lines if line.strip()]
+    if not ids:
+        raise DataError(f"{file} lists no image", where=where)
+    photos = []
+    for id_ in ids:
+        try:
+            photos.append(_read_photo(files, file, id_))
+        except DataError as error:
+            problems += error.problems
+    return tuple(photos)
+
+
+def _read_photo(files: Files, listed_in: str, id_: str) -> Photo:
+    where = str(files.path)
+    annotation = f"Annotations/{id_}.xml"
+    image = next((f"JPEGImages/{id_}{s}" for s in IMAGE_SUFFIXES if files.has(f"JPEGImages/{id_}{s}")), None)
+    if image is None:
+        raise DataError(f"{listed_in} names {id_}, but there is no JPEGImages/{id_}.jpg", where=where)
+    if not files.has(annotation):
+        raise DataError(f"{listed_in} names {id_}, but there is no {annotation}", where=where)
+    try:
+        objects = tuple(map(_box, ElementTree.fromstring(files.read(annotation)).iterfind("object")))
+    except ElementTree.ParseError as error:
+        raise DataError(f"{annotation} is not well-formed XML ({error})", where=where) from None
+    except ValueError as error:
+        raise DataError(f"{annotation} has an object {error}", where=where) from None
+    if not objects:
+        raise DataError(f"{annotation} has no object", where=where)
+    return Photo(id_, image, objects)
+
+
+def _box(element: ElementTree.Element) -> Box:
+    name = (element.findtext("name") or "").strip()
+    if not name:
+        raise ValueError("without a name")
+    xmin, ymin, xmax, ymax = (_corner(element, name, corner) for corner in ("xmin", "ymin", "xmax", "ymax"))
+    return Box(name, xmin, ymin, xmax, ymax, difficult=(element.findtext("difficult") or "").strip() == "1")
+
+
+def _corner(element: ElementTree.Element, name: str, corner: str) -> float:
+    text = element.findtext(f"bndbox/{corner}")
+    try:
+        return float(text or "")
+    except ValueError:
+        raise ValueError(f"{name!r} whose {corner} is {text!r}, not a number") from None
+
+
+def _presence(photo: Photo, name: str) -> int:
+    boxes = [box for box in photo.objects if box.name == name]
+    return 0 if not boxes else -1 if all(box.difficult for box in boxes) else 1
+
+
+def _check_every_class_is_trained(data: VocData, photos: Sequence[Photo], rule: LabelRule) -> None:
+    missing = set(data.classes) - {label(photo, rule) for photo in photos}
+    if missing:
+        names = ", ".join(map(repr, sorted(missing)))
+        notes = [f"classes are the names found in the annotations; --label {rule} gives this one to no training image"]
+        raise DataError(f"no training image for class {names}", where=str(data.files.path), notes=notes)
+
+
+def _first_of(problems: list[Problem], limit: int = 10) -> list[Problem]:
+    rest = len(problems) - limit
+    return problems if rest <= 0 else [*problems[:limit], Problem(f"and {rest} more of this kind")]
+
+
+def _count_bad(count: int) -> str:
+    others = f"and {count - 1} more; " if count > 1 else ""
+    return f"{others}replace it, or leave out what does not decode with --skip-bad"
+
+
+def _reason(error: Exception) -> str:
+    # What PIL says of a file that it does not know names an object in memory.
+    return "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__

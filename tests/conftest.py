@@ -1,0 +1,29 @@
+"""Shared by all tests: goldens that regenerate with ``--update-golden``, and a quiet, deterministic Hypothesis."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("freezeplan", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("freezeplan")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-golden", action="store_true", help="write the golden files anew; review them as text")
+
+
+@pytest.fixture(scope="session")
+def golden(request):
+    """Compare a text with a file beside the tests, or write that file."""
+
+    def compare(file: Path, text: str) -> None:
+        if request.config.getoption("--update-golden"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+
+        assert text == file.read_text(encoding="utf-8")
+
+    return compare

@@ -1,0 +1,109 @@
+"""The public names and signatures are pinned, and reading plans stays light."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import freezeplan
+
+NAMES = [
+    "AppliedPlan",
+    "FreezePlanError",
+    "FreezePlanWarning",
+    "Plan",
+    "Resolution",
+    "Rule",
+    "applied",
+    "apply_plan",
+    "load_plan",
+    "resolve_plan",
+]
+
+
+def test_the_public_names():
+    """These names are the public interface; each is there and has documentation."""
+    assert freezeplan.__all__ == NAMES
+    assert set(dir(freezeplan)) == {*NAMES, "__version__"}
+    assert [name for name in NAMES if not inspect.getdoc(getattr(freezeplan, name))] == []
+
+
+def test_a_name_that_does_not_exist():
+    """An unknown name is an AttributeError as of any module."""
+    with pytest.raises(AttributeError) as error:
+        _ = freezeplan.freeze
+
+    assert str(error.value) == "module 'freezeplan' has no attribute 'freeze'"
+
+
+SIGNATURES = {
+    "applied": "(model: 'nn.Module') -> 'AppliedPlan | None'",
+    "apply_plan": (
+        "(model: 'nn.Module', plan: 'PlanLike', *, lr: 'float | None' = None, weight_decay: 'float | None' = None, "
+        "scheduler: 'apply.Scheduler' = 'torch', replace: 'bool' = False) -> 'AppliedPlan'"
+    ),
+    "load_plan": "(plan: 'PlanLike') -> 'Plan'",
+    "resolve_plan": "(plan: 'PlanLike', model: 'nn.Module') -> 'Resolution'",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_the_signatures_of_the_functions(name):
+    """A public function's parameters are its contract."""
+    assert str(inspect.signature(getattr(freezeplan, name))) == SIGNATURES[name]
+
+
+def test_what_an_applied_plan_offers():
+    """An applied plan offers these and nothing else."""
+    offered = {name for name in vars(freezeplan.AppliedPlan) if not name.startswith("_")}
+
+    assert offered == {"param_groups", "plan", "seal", "trainable_parameters", "undo", "verify"}
+    assert str(inspect.signature(freezeplan.AppliedPlan.seal)) == "(self, *, copy: 'bool' = False) -> 'None'"
+
+
+def test_the_keys_of_a_plan():
+    """The plan language has these keys; a new one is a change of the language."""
+    assert list(freezeplan.Plan.model_fields) == ["version", "name", "description", "rules", "default"]
+    assert list(freezeplan.Rule.model_fields) == [
+        "match",
+        "role",
+        "frozen",
+        "lr_mult",
+        "wd_mult",
+        "mode",
+        "reinit",
+        "optional",
+    ]
+
+
+HEAVY = ("torch", "timm", "rich")
+
+
+def heavy_imports(statement):
+    """What of the heavy packages a fresh Python has imported after a statement."""
+    code = f"import sys\n{statement}\nprint(*[name for name in {HEAVY} if name in sys.modules])"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
+LIGHT = [
+    "import freezeplan",
+    "import freezeplan.plan",
+    "import freezeplan.load; freezeplan.load.load_plan('linear_probe')",
+    "import freezeplan.resolve, freezeplan.report, freezeplan.source, freezeplan.hints",
+    "from freezeplan import Plan, Rule, Resolution, load_plan, FreezePlanError",
+]
+
+
+@pytest.mark.parametrize("statement", LIGHT)
+def test_reading_and_resolving_plans_needs_nothing_heavy(statement):
+    """Plans are read, checked and resolved without torch, timm or rich."""
+    assert heavy_imports(statement) == []
+
+
+def test_the_check_of_imports_can_fail():
+    """The check above sees a heavy import where there is one."""
+    assert heavy_imports("import freezeplan.render") == ["rich"]
+    assert heavy_imports("from freezeplan import apply_plan") == ["torch"]

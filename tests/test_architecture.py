@@ -1,0 +1,104 @@
+"""A module imports only what stands above it; timm, rich and matplotlib each have their one place in the core."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import freezeplan
+
+PACKAGE = Path(freezeplan.__file__).parent
+
+CORE = [
+    "errors",
+    "source",
+    "plan",
+    "load",
+    "description",
+    "select",
+    "hints",
+    "resolve",
+    "names",
+    "zoo",
+    "apply",
+    "guard",
+    "facade",
+    "report",
+    "render",
+]
+"""The core, in the order in which it can be read: each module imports only what stands above it."""
+
+ORDER = [*CORE, "experiment", "cli", "__main__"]
+
+ONLY = {"timm": {"zoo"}, "rich": {"render"}, "matplotlib": {"render"}, "typer": set()}
+"""Package -> the modules of the core that may import it."""
+
+NO_TORCH = {"errors", "source", "plan", "load", "description", "select", "hints", "resolve", "report", "render"}
+
+
+def imports(source):
+    """Every module that a source imports anywhere, with the names taken from it: ``a.b`` and ``a.b.name``."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def layers(source):
+    """The parts of freezeplan that a source imports."""
+    parts = (name.split(".") for name in imports(source))
+    return {name[1] for name in parts if name[0] == "freezeplan" and name[1:] and name[1] in ORDER}
+
+
+def packages(source):
+    return {name.partition(".")[0] for name in imports(source)}
+
+
+MODULES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
+
+
+def layer_of(file):
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_every_module_has_its_place():
+    """A new module gets a place in the order."""
+    assert {layer_of(file) for file in MODULES} <= set(ORDER)
+    assert {f"{name}.py" for name in CORE} <= {file.name for file in PACKAGE.iterdir()}
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_module_imports_only_what_stands_above_it(file):
+    """The arrows between modules point one way; the runner uses the core, never the other way round."""
+    layer = layer_of(file)
+    above = set(ORDER[: ORDER.index(layer)]) | ({"experiment"} if layer == "experiment" else set())
+
+    assert layers(file.read_text(encoding="utf-8")) - above == set()
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_each_package_has_its_one_place_in_the_core(name):
+    """In the core only zoo imports timm, and only render imports rich and matplotlib."""
+    found = packages((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+
+    assert [package for package, homes in ONLY.items() if package in found and name not in homes] == []
+    assert name not in NO_TORCH or "torch" not in found
+
+
+SEEN = [
+    pytest.param("from freezeplan import render, Plan", {"render"}, {"freezeplan"}, id="from-the-package"),
+    pytest.param("import freezeplan.cli as c", {"cli"}, {"freezeplan"}, id="with-an-alias"),
+    pytest.param("def f():\n    from freezeplan.experiment.voc import g", {"experiment"}, {"freezeplan"}, id="inside"),
+    pytest.param("from timm.optim import a\nimport rich.table", set(), {"timm", "rich"}, id="others"),
+]
+
+
+@pytest.mark.parametrize(("source", "found", "outside"), SEEN)
+def test_the_check_of_arrows_can_fail(source, found, outside):
+    """The checks above see an import wherever it stands."""
+    assert (layers(source), packages(source)) == (found, outside)

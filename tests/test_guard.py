@@ -1,0 +1,278 @@
+"""Proof that a freeze held: what moved is found, named, measured, and the likely cause given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from freezeplan import apply_plan
+from freezeplan.errors import ApplyError
+
+PLAN = {"version": 1, "rules": [{"match": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}]}
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+@pytest.fixture
+def toy():
+    torch.manual_seed(0)
+    return Toy()
+
+
+@pytest.fixture
+def live(toy):
+    return apply_plan(toy, PLAN)
+
+
+def train(model, optimizer, steps=3):
+    for _ in range(steps):
+        model.train()
+        optimizer.zero_grad(set_to_none=False)
+        model(torch.randn(3, 4)).sum().backward()
+        optimizer.step()
+
+
+def test_a_freeze_that_held_is_proved(toy, live):
+    """After training, verify() says how many frozen tensors and buffers are bit-identical."""
+    live.seal()
+    head = toy.head.weight.clone()
+    train(toy, torch.optim.SGD(live, lr=0.1, momentum=0.9, weight_decay=0.1))
+
+    assert not torch.equal(toy.head.weight, head)
+    assert bool(live.verify()) is True
+    assert str(live.verify()) == "held: 7 frozen tensors and buffers are bit-identical"
+    assert (live.verify().checked, live.verify().moved) == (7, ())
+
+
+def test_without_a_seal_there_is_nothing_to_compare(live):
+    """verify() without a seal says so."""
+    with pytest.raises(ApplyError) as error:
+        live.verify()
+
+    assert str(error.value) == "nothing to compare with: no seal was taken\n  call seal() before training"
+
+
+def leave_a_gradient(toy):
+    careless = torch.optim.SGD([toy.body[0].weight], lr=0.1)
+    toy.body[0].weight.grad = torch.ones(4, 4)
+    careless.step()
+
+
+def flip_a_flag(toy):
+    toy.body[0].weight.requires_grad_(True)
+    train(toy, torch.optim.SGD([toy.body[0].weight], lr=0.1))
+
+
+def train_by_hand(toy):
+    toy.body[1].training = True
+    toy(torch.randn(3, 4))
+
+
+def write_directly(toy):
+    with torch.no_grad():
+        toy.body[0].weight.add_(0.5)
+
+
+def write_a_buffer(toy):
+    toy.body[1].running_mean.fill_(2)
+
+
+def lose_a_part(toy):
+    toy.body = nn.Sequential(toy.body[0])
+
+
+def another_shape(toy):
+    toy.body[0].weight = nn.Parameter(torch.zeros(4, 5), requires_grad=False)
+
+
+def same_values_in_another_shape(toy):
+    toy.body[0].weight = nn.Parameter(toy.body[0].weight.detach().reshape(2, 8), requires_grad=False)
+
+
+def another_dtype(toy):
+    toy.body[0].double()
+
+
+MOVES = [
+    pytest.param(
+        leave_a_gradient,
+        ["body.0.weight: a gradient was left on it, and an optimizer outside the plan used it"],
+        id="stale-gradient",
+    ),
+    pytest.param(
+        flip_a_flag, ["body.0.weight: requires_grad was set back to True by other code"], id="flag-flipped-back"
+    ),
+    pytest.param(
+        train_by_hand,
+        [
+            "body.1.running_mean: its module is in train: something set .training by hand",
+            "body.1.running_var: its module is in train: something set .training by hand",
+            "body.1.num_batches_tracked: its module is in train: something set .training by hand",
+        ],
+        id="training-by-hand",
+    ),
+    pytest.param(
+        write_directly,
+        ["body.0.weight: other code wrote it: an optimizer that holds it, an average of weights, or a loader"],
+        id="direct-write",
+    ),
+    pytest.param(
+        write_a_buffer,
+        ["body.1.running_mean: a buffer was written by other code: a loader, or statistics updated in train"],
+        id="buffer-written",
+    ),
+    pytest.param(
+        lose_a_part,
+        [
+            "body.1.weight: it is no longer in the model",
+            "body.1.bias: it is no longer in the model",
+            "body.1.running_mean: it is no longer in the model",
+            "body.1.running_var: it is no longer in the model",
+            "body.1.num_batches_tracked: it is no longer in the model",
+        ],
+        id="part-lost",
+    ),
+    pytest.param(
+        another_shape,
+        ["body.0.weight: other code wrote it: an optimizer that holds it, an average of weights, or a loader"],
+        id="shape",
+    ),
+    pytest.param(
+        same_values_in_another_shape,
+        ["body.0.weight: other code wrote it: an optimizer that holds it, an average of weights, or a loader"],
+        id="same-values-in-another-shape",
+    ),
+    pytest.param(
+        another_dtype,
+        [
+            "body.0.weight: other code wrote it: an optimizer that holds it, an average of weights, or a loader",
+            "body.0.bias: other code wrote it: an optimizer that holds it, an average of weights, or a loader",
+        ],
+        id="dtype",
+    ),
+]
+
+
+@pytest.mark.parametrize(("move", "lines"), MOVES)
+def test_what_moved_is_named_with_the_likely_cause(toy, live, move, lines):
+    """Everything that can move a frozen tensor is found, named and explained."""
+    live.seal()
+    move(toy)
+    found = live.verify()
+
+    assert bool(found) is False
+    assert str(found).splitlines() == [f"{len(lines)} of 7 frozen tensors and buffers moved", *lines]
+    assert [moved.max_abs for moved in found.moved] == [None] * len(lines)
+
+
+AMOUNTS = [
+    pytest.param(
+        write_directly,
+        "body.0.weight: moved by up to 0.5; "
+        "other code wrote it: an optimizer that holds it, an average of weights, or a loader",
+        id="parameter",
+    ),
+    pytest.param(
+        write_a_buffer,
+        "body.1.running_mean: moved by up to 2; "
+        "a buffer was written by other code: a loader, or statistics updated in train",
+        id="buffer",
+    ),
+    pytest.param(
+        leave_a_gradient,
+        "body.0.weight: moved by up to 0.1; a gradient was left on it, and an optimizer outside the plan used it",
+        id="step",
+    ),
+    pytest.param(
+        another_shape,
+        "body.0.weight: other code wrote it: an optimizer that holds it, an average of weights, or a loader",
+        id="no-amount-for-another-shape",
+    ),
+]
+
+
+@pytest.mark.parametrize(("move", "line"), AMOUNTS)
+def test_with_a_copy_the_amount_is_said(toy, live, move, line):
+    """seal(copy=True) also says by how much something moved."""
+    live.seal(copy=True)
+    move(toy)
+
+    assert str(live.verify()) == f"1 of 7 frozen tensors and buffers moved\n{line}"
+
+
+def test_a_new_seal_starts_anew(toy, live):
+    """seal() again takes what is there now as the start."""
+    live.seal()
+    write_directly(toy)
+    live.seal()
+
+    assert live.verify()
+
+
+def test_a_seal_covers_buffers_of_whatever_is_in_eval(toy):
+    """The statistics of a layer that learns in eval are sealed too."""
+    rules = [{"role": "norm", "mode": "eval"}, {"match": ".*", "lr_mult": 1}]
+    live = apply_plan(toy, {"version": 1, "rules": rules})
+    live.seal()
+    train(toy, torch.optim.SGD(live, lr=0.1))
+
+    assert str(live.verify()) == "held: 3 frozen tensors and buffers are bit-identical"
+
+
+def test_a_frozen_module_kept_in_train_is_not_promised(toy):
+    """Where a rule keeps a frozen module in train, its statistics are not sealed, as they move."""
+    rules = [{"role": "norm", "frozen": True, "mode": "train"}, {"match": ".*", "lr_mult": 1}]
+    live = apply_plan(toy, {"version": 1, "rules": rules})
+    live.seal()
+    train(toy, torch.optim.SGD(live, lr=0.1))
+
+    assert str(live.verify()) == "held: 2 frozen tensors and buffers are bit-identical"
+    assert toy.body[1].num_batches_tracked == 3
+
+
+def test_buffers_that_are_not_saved_are_not_sealed(toy):
+    """A buffer that is in no state_dict is derived from the rest and may be rebuilt, so it is not sealed."""
+    toy.body[0].register_buffer("grid", torch.zeros(3), persistent=False)
+    toy.body[0].register_buffer("table", torch.zeros(3))
+    live = apply_plan(toy, PLAN)
+    live.seal()
+    toy.body[0].grid.add_(1)
+    held = str(live.verify())
+    toy.body[0].table.add_(1)
+
+    assert held == "held: 8 frozen tensors and buffers are bit-identical"
+    assert [moved.name for moved in live.verify().moved] == ["body.0.table"]
+
+
+def test_a_parametrizations_buffers_stand_still():
+    """Spectral norm's power iteration of a frozen layer stands still."""
+    model = nn.Sequential(spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 2))
+    live = apply_plan(model, {"version": 1, "rules": [{"match": "1", "lr_mult": 1}, {"match": ".*", "frozen": True}]})
+    live.seal()
+    train(model, torch.optim.SGD(live, lr=0.1))
+
+    assert str(live.verify()) == "held: 4 frozen tensors and buffers are bit-identical"
+    assert "0.parametrizations.weight.0._u" in dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_every_dtype_can_be_sealed(toy, dtype):
+    """A seal takes whatever values a model has, half precision included."""
+    toy.body[0].to(dtype)
+    live = apply_plan(toy, PLAN)
+    live.seal(copy=True)
+    held = str(live.verify())
+    write_directly(toy)
+
+    assert held == "held: 7 frozen tensors and buffers are bit-identical"
+    assert [moved.name for moved in live.verify().moved] == ["body.0.weight"]

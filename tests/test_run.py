@@ -1,0 +1,225 @@
+"""The whole run, from options to figures on the screen and files in a folder."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from freezeplan import cli
+from freezeplan.errors import DataError, FreezePlanError, ModelError, OutputError, PlanError
+from freezeplan.experiment import arms, command
+from freezeplan.experiment.arms import ARMS
+from freezeplan.experiment.command import voc_vgg16
+from freezeplan.experiment.results import FILES
+from freezeplan.experiment.sample import write_sample
+from freezeplan.experiment.train import Run
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+QUICK: dict[str, Any] = {
+    "model": "test_resnet",
+    "weights": "random",
+    "image_size": 16,
+    "epochs": 1,
+    "threads": 1,
+    "workers": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sample(tmp_path_factory.mktemp("sample"), train=20, val=20)
+
+
+def test_a_run_prints_its_figures_and_writes_them(
+    voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = voc_vgg16(data=voc, out=tmp_path / "out", seed=[0, 1], **QUICK)
+
+    printed = capsys.readouterr()
+    found = json.loads((out / "results.json").read_text())
+    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
+    assert list(found["arms"]) == list(ARMS)
+    assert found["settings"]["epochs"] == 1
+    assert (found["data"]["name"], found["data"]["sample"], found["label"]) == ("VOCdevkit", False, "largest")
+    assert all([run["seed"] for run in arm["runs"]] == [0, 1] for arm in found["arms"].values())
+    assert "optimizer   rmsprop  (default)" in printed.out
+    assert "image-size  16" in [line.rstrip() for line in printed.out.splitlines()]
+    assert "19.1" in printed.out
+    assert "mean of 2 seeds" in printed.out
+    assert f"Written to {out}" in printed.out
+    assert "EMBEDDED SAMPLE" not in printed.out
+    assert [line.split(":")[0] for line in printed.err.splitlines()] == [
+        f"{arm}, seed {seed}" for seed in (0, 1) for arm in ARMS
+    ]
+
+
+def test_all_arms_of_a_seed_start_from_the_same_head_and_body(
+    voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: dict[int, list[dict[str, Tensor]]] = {}
+    train_arm = arms.train_arm
+
+    def record(model: nn.Module, *args: Any, seed: int, **kwargs: Any) -> Run:
+        started.setdefault(seed, []).append({name: value.clone() for name, value in model.state_dict().items()})
+        return train_arm(model, *args, seed=seed, **kwargs)
+
+    monkeypatch.setattr(arms, "train_arm", record)
+    voc_vgg16(data=voc, out=tmp_path, seed=[0, 1], **QUICK)
+
+    for states in started.values():
+        assert len(states) == 4
+        assert all(torch.equal(state[name], states[0][name]) for state in states for name in states[0])
+    assert not torch.equal(started[0][0]["fc.weight"], started[1][0]["fc.weight"])
+
+
+def test_arms_are_trained_in_the_order_they_are_given(voc: Path, tmp_path: Path) -> None:
+    out = voc_vgg16(data=voc, out=tmp_path, arm=["same_lr", "frozen_convs", "same_lr"], **QUICK)
+
+    assert list(json.loads((out / "results.json").read_text())["arms"]) == ["same_lr", "frozen_convs"]
+
+
+def test_the_number_of_threads_is_put_back(voc: Path, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+
+    voc_vgg16(data=voc, out=tmp_path, arm=["frozen_convs"], **{**QUICK, "threads": before + 1})
+
+    assert torch.get_num_threads() == before
+
+
+def test_an_arm_that_did_not_learn_is_marked(voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = voc_vgg16(data=voc, out=tmp_path, arm=["frozen_convs"], lr=1e-30, label="first", seed=[2], **QUICK)
+
+    arm = json.loads((out / "results.json").read_text())["arms"]["frozen_convs"]
+    printed = capsys.readouterr()
+    assert arm["train_error"] >= 0.95
+    assert arm["learned"] is False
+    assert "did not learn: its training error is no better" in printed.out
+    assert "(did not learn)" in printed.err
+
+
+@pytest.mark.parametrize("columns", ["20", "40", "80"])
+def test_narrow_screens_and_no_colour(
+    columns: str, voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    voc_vgg16(data=voc, out=tmp_path, arm=["frozen_convs"], **QUICK)
+
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    table = printed[: printed.index("Written to")]
+    assert max(map(len, table.splitlines())) <= int(columns)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "sentence"),
+    [
+        ({"arm": ["frozen"]}, PlanError, "no arm is called 'frozen'"),
+        ({"model": "resnet5O"}, ModelError, "timm has no model called 'resnet5O'"),
+        ({"data": Path("nowhere.tar")}, DataError, "nowhere.tar: no such file or folder"),
+        ({"epochs": 0}, FreezePlanError, "--epochs is a whole number of at least 1, found 0"),
+        ({"lr": 0.0}, FreezePlanError, "--lr is a number above 0, found 0"),
+        ({"clip": float("nan")}, FreezePlanError, "--clip is a number above 0, found nan"),
+        ({"device": "cuda"}, FreezePlanError, "--device cuda: torch finds no CUDA device"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_trained(
+    options: dict[str, Any],
+    kind: type[FreezePlanError],
+    sentence: str,
+    voc: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(arms, "train_arm", None)
+
+    with pytest.raises(kind) as caught:
+        voc_vgg16(**{"data": voc, "out": tmp_path / "out", **QUICK, **options})
+
+    assert str(caught.value).splitlines()[0] == sentence
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_are_not_overwritten_by_accident(voc: Path, tmp_path: Path) -> None:
+    voc_vgg16(data=voc, out=tmp_path, arm=["frozen_convs"], **QUICK)
+
+    with pytest.raises(OutputError, match="already holds"):
+        voc_vgg16(data=voc, out=tmp_path, arm=["frozen_convs"], **QUICK)
+    voc_vgg16(data=voc, out=tmp_path, arm=["frozen_convs"], overwrite=True, **QUICK)
+
+
+def test_bad_images_are_counted_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_sample(tmp_path, train=40, val=20)
+    bad = sorted((data / "VOC2012" / "JPEGImages").iterdir())[3]
+    bad.write_bytes(b"nothing")
+
+    with pytest.raises(DataError, match="does not decode"):
+        voc_vgg16(data=data, out=tmp_path / "out", arm=["frozen_convs"], **QUICK)
+    out = voc_vgg16(data=data, out=tmp_path / "out", arm=["frozen_convs"], skip_bad=True, **QUICK)
+
+    found = json.loads((out / "results.json").read_text())["data"]
+    assert (found["train"], found["skipped"]) == (39, [f"JPEGImages/{bad.name}"])
+    assert f"1 image does not decode and was left out: JPEGImages/{bad.name}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_real_photos_gain_from_real_weights(tmp_path: Path) -> None:
+    data, weights = SHARED / "data" / "flowers5_voc.tar", SHARED / "weights" / "tf_efficientnet_lite0.safetensors"
+    if not (data.exists() and weights.exists()):
+        pytest.skip("needs flowers5_voc.tar and tf_efficientnet_lite0.safetensors in ../shared")
+
+    out = voc_vgg16(
+        data=data, model="tf_efficientnet_lite0", weights=str(weights), image_size=128, epochs=5, out=tmp_path
+    )
+
+    error = {name: arm["top1_error"] for name, arm in json.loads((out / "results.json").read_text())["arms"].items()}
+    assert error["frozen_convs"] <= 0.35
+    assert error["frozen_convs"] <= error["scratch"] - 0.1
+
+
+@pytest.mark.data
+def test_photos_with_several_objects(tmp_path: Path) -> None:
+    data = SHARED / "data" / "fruit3_voc.tar"
+    if not data.exists():
+        pytest.skip("needs fruit3_voc.tar in ../shared/data")
+
+    out = voc_vgg16(data=data, out=tmp_path, arm=["frozen_convs"], **QUICK)
+
+    arm = json.loads((out / "results.json").read_text())["arms"]["frozen_convs"]
+    assert arm["top5_error"] is None
+    assert arm["any_error"] <= arm["top1_error"]
+
+
+def test_without_data_the_sample_is_run_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "write_sample", partial(write_sample, train=20, val=20))
+
+    out = voc_vgg16(weights="random", arm=["frozen_convs"], epochs=1, out=tmp_path)
+
+    found = json.loads((out / "results.json").read_text())
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0] == "EMBEDDED SAMPLE, NOT VOC: drawn shapes; its figures say nothing about VOC."
+    assert "Error in % of vgg16_slim_fc256 on the embedded sample" in printed
+    assert (found["data"]["sample"], len(found["data"]["classes"]), found["model"]) == (True, 20, "vgg16_slim_fc256")
+    chosen = {key: found["settings"][key] for key in ("batch_size", "image_size", "optimizer", "threads")}
+    assert chosen == {"batch_size": 16, "image_size": 64, "optimizer": "rmsprop-tf1", "threads": 1}
+    assert found["arms"]["frozen_convs"]["top5_error"] is not None
+
+
+def test_help_states_the_defaults_that_a_run_takes():
+    """What --help says is what happens; it is stated apart only so that help need not wait for torch."""
+    real, sample = command.default_settings("vgg16", sample=False), command.default_settings("vgg16", sample=True)
+
+    assert f"{real.epochs}; sample: {sample.epochs}" == cli.EPOCHS
+    assert f"{real.batch_size}; sample: {sample.batch_size}" == cli.BATCH_SIZE
+    assert (real.image_size, real.lr, real.optimizer, real.label) == (224, 5e-4, "rmsprop-tf1", "largest")
