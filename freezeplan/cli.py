@@ -33,7 +33,7 @@ ModelArg = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Experiment = Literal["voc_vgg16"]
 # Stated here and not imported: the experiment brings torch with it, and --help should not wait for that.
-EPOCHS = "20; sample: 30"
+EPOCHS = "20; sample: 25"
 BATCH_SIZE = "32; sample: 16"
 
 

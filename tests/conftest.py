@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # an unreachable hub costs a minute of retries; read when it is imported
 
 settings.register_profile("freezeplan", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("freezeplan")

@@ -223,3 +223,16 @@ def test_help_states_the_defaults_that_a_run_takes():
     assert f"{real.epochs}; sample: {sample.epochs}" == cli.EPOCHS
     assert f"{real.batch_size}; sample: {sample.batch_size}" == cli.BATCH_SIZE
     assert (real.image_size, real.lr, real.optimizer, real.label) == (224, 5e-4, "rmsprop-tf1", "largest")
+
+
+@pytest.mark.slow
+def test_on_the_sample_every_transfer_arm_is_far_ahead_of_scratch(tmp_path: Path) -> None:
+    """For each of the seeds 0, 1 and 2: at least ten points below scratch, which has learnt its training images."""
+    out = voc_vgg16(out=tmp_path, seed=[0, 1, 2])
+
+    found = json.loads((out / "results.json").read_text())["arms"]
+    errors = {arm: [run["top1_error"] for run in entry["runs"]] for arm, entry in found.items()}
+    assert all(run["learned"] for run in found["scratch"]["runs"])
+    assert all(
+        mine <= scratch - 0.1 for a in ARMS[1:] for mine, scratch in zip(errors[a], errors["scratch"], strict=True)
+    )

@@ -82,7 +82,7 @@ def voc_vgg16(
         weights: A safetensors file, a checkpoint, or ``random``. None: timm's pretrained weights; of the sample those
             that come with it.
         arm: Which of ``arms.ARMS``, in this order. None: all four, in the lecture's order.
-        epochs: None: 20, which is a choice, as the lecture does not say; of the sample 30, its recipe's.
+        epochs: None: 20, which is a choice, as the lecture does not say; of the sample 25, its recipe's.
         batch_size: None: 32, which is a choice too; of the sample 16, its recipe's.
         image_size: Side in pixels. None: the size that the model was trained on (224 for ``vgg16``, as in the lecture).
         lr: None: 0.0005, the lecture's.

@@ -34,7 +34,7 @@ from freezeplan.experiment.model import VGGFlat
 
 PIXELS = 64
 """Width and height of an image."""
-TRAIN, VAL, EPOCHS, BATCH_SIZE = 400, 400, 30, 16
+TRAIN, VAL, EPOCHS, BATCH_SIZE = 400, 300, 25, 16
 """What ``freezeplan run`` takes for the sample when it is told nothing else."""
 TWO_OBJECTS = 0.33
 """Share of the images that get a second, smaller object of another class, where there is room: about three in ten."""
