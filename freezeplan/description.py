@@ -75,7 +75,13 @@ class Description:
     roles: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Role -> names of the tensors that have it, and of modules that have it without owning a tensor."""
     unknown: Mapping[str, str] = field(default_factory=dict)
-    """Role -> why this model has no such role, one sentence with what to do."""
+    """Role, ``stage`` or ``layer_decay`` -> why this model has none, one sentence with what to do."""
+    stages: Mapping[str, int] = field(default_factory=dict)
+    """Tensor -> stage: 0 the stem, counted from 1; absent for the classifier and what belongs to it."""
+    exponents: Mapping[str, int] = field(default_factory=dict)
+    """Tensor -> exponent of ``layer_decay``: the layers behind it; 0 for the last."""
+    unplaced: tuple[str, ...] = ()
+    """Tensors that timm's matcher leaves out, the classifier's excepted; they have the stage of the tensor ahead."""
     no_decay: frozenset[str] = frozenset()
     """Tensors without weight decay by timm's rule: one dimension or none, biases, ``no_weight_decay()``."""
 
@@ -96,6 +102,11 @@ class Description:
                 for prefix in ("", *prefixes(name)):
                     below.setdefault(prefix, set()).add(tensor.name)
         return {name: frozenset(tensors) for name, tensors in below.items()}
+
+    @cached_property
+    def last_stage(self) -> int:
+        """Number of the last stage, which is the number of stages without the stem."""
+        return max(self.stages.values(), default=0)
 
     @cached_property
     def top(self) -> Mapping[str, int]:

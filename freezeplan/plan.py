@@ -24,10 +24,12 @@ from pydantic_core import PydanticCustomError
 
 from freezeplan.source import Source
 
-Role = Literal["head", "norm", "bias"]
+Role = Literal["head", "stem", "body", "norm", "bias", "pos_embed", "no_weight_decay"]
 Mode = Literal["eval", "train"]
 
-SELECTORS = ("match", "role")
+_STAGE = re.compile(r"-?\d+|(?:-?\d+)?\.\.(?:-?\d+)?")
+
+SELECTORS = ("match", "type", "role", "stage")
 """The keys of a rule that select; all that are given must hold."""
 SETTINGS = ("frozen", "lr_mult", "wd_mult", "mode", "reinit")
 """The keys of a rule that set something."""
@@ -82,6 +84,22 @@ def _check_not_empty(values: tuple[str, ...]) -> tuple[str, ...]:
     return values
 
 
+def _check_stage(value: object) -> str:
+    """Normalise to text: ``2``, ``-1``, ``1..3``, ``..2``, ``3..``."""
+    text = str(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
+    if not _STAGE.fullmatch(text) or text == "..":
+        raise PydanticCustomError(
+            "bad_stage", "stage is an integer or a range, 2, -1, 1..3, ..2 or 3.., found {found}", {"found": repr(value)}
+        )
+    return text
+
+
+def _stage_out(value: tuple[str, ...]) -> object:
+    """Dump a single stage as the integer that it was."""
+    written = [text if ".." in text else int(text) for text in value]
+    return written[0] if len(written) == 1 else written
+
+
 def _one_or_more(schema: dict[str, Any]) -> Any:
     """Let a list be written as its only element, in files, in the JSON schema and when dumped again."""
     return (
@@ -99,6 +117,13 @@ Frozen = Annotated[Literal[True], BeforeValidator(_check_frozen)]
 _string: dict[str, Any] = {"type": "string", "minLength": 1}
 _role: dict[str, Any] = {"type": "string", "enum": list(Role.__args__)}  # type: ignore[attr-defined]
 _patterns, _roles = _one_or_more(_string), _one_or_more(_role)
+_stage: dict[str, Any] = {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": rf"^(?:{_STAGE.pattern})$"}]}
+_stages = (
+    AfterValidator(_check_not_empty),
+    BeforeValidator(lambda value: value if isinstance(value, (list, tuple)) else (value,)),
+    PlainSerializer(_stage_out, when_used="json-unless-none"),
+    WithJsonSchema({"anyOf": [_stage, {"type": "array", "items": _stage, "minItems": 1}]}),
+)
 
 
 def _check_rules(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
@@ -145,9 +170,16 @@ class Rule(_Data):
     """Regular expression that must match the whole dotted name of a parameter, or of a module above it (then everything
     below that module is selected). With a lookaround it is held against the parameter's full name only. A list means
     any of them."""
+    type: Annotated[tuple[Pattern, ...], *_patterns] | None = None
+    """Regular expression that must match the whole class name of a module, its own or a base's; it takes that module and
+    all below. A list means any of them."""
     role: Annotated[tuple[Role, ...], *_roles] | None = None
-    """What timm knows of the architecture: ``head`` (the classifier), ``norm`` (normalisation layers), ``bias``. A list
-    means any of them."""
+    """What timm knows of the architecture: ``head`` (the classifier), ``stem`` (stage 0), ``body`` (all but the head),
+    ``norm`` (normalisation layers), ``bias``, ``pos_embed`` (position embeddings), ``no_weight_decay`` (what timm's
+    method of that name lists). A list means any of them."""
+    stage: Annotated[tuple[Annotated[str, BeforeValidator(_check_stage)], ...], *_stages] | None = None
+    """Depth: 0 is the stem, stages count from 1, -1 is the last one; an integer or a range with both ends included:
+    ``2``, ``1..3``, ``..2``, ``3..``. A list means any of them."""
     frozen: Frozen | None = None
     """True: no gradient, in no optimizer group, statistics and randomness stand still. Not together with lr_mult."""
     lr_mult: Multiplier | None = None
@@ -169,7 +201,7 @@ class Rule(_Data):
         if self.frozen and self.lr_mult is not None:
             raise PydanticCustomError("two_rates", "a rule has frozen or lr_mult, not both")
         if not any(getattr(self, key) is not None for key in SELECTORS):
-            raise PydanticCustomError("no_selector", "a rule selects with match or role; this one has neither")
+            raise PydanticCustomError("no_selector", "a rule selects with match, type, role or stage; this one has none")
         if not self.settings:
             raise PydanticCustomError("no_setting", "a rule sets something: frozen, lr_mult, wd_mult, mode or reinit")
         return self
@@ -210,8 +242,22 @@ class Plan(_Data):
     """The rules, first match first."""
     default: Rate | None = None
     """The rate of what no rule gives one; without it such a parameter is an error."""
+    layer_decay: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] | None = None
+    """Multiplies every lr_mult by this to the power of the layers behind it, as timm's ``--layer-decay``; in (0, 1]."""
+    layer_decay_min_scale: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] | None = None
+    """The smallest factor that layer_decay gives, as timm's; in [0, 1], 0 if absent."""
+    weight_decay: Literal["timm", "all"] = "timm"
+    """``timm``: biases, tensors of at most one dimension and timm's ``no_weight_decay()`` get none. ``all``: all decay."""
+    overlap: Literal["first", "error"] = "first"
+    """``first``: the first matching rule wins. ``error``: two rules that set the same thing on one tensor are an error."""
 
     _source: Source = PrivateAttr(default_factory=Source)
+
+    @model_validator(mode="after")
+    def _min_scale_needs_decay(self) -> Plan:
+        if self.layer_decay_min_scale is not None and self.layer_decay is None:
+            raise PydanticCustomError("min_scale_alone", "layer_decay_min_scale needs layer_decay")
+        return self
 
     @property
     def source(self) -> Source:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from freezeplan.description import Description, Module
-from freezeplan.errors import PlanError, Problem
+from freezeplan.errors import PlanError, Problem, did_you_mean
 from freezeplan.hints import find_hints
 from freezeplan.plan import Mode, Plan, Rule
-from freezeplan.select import Selection, explain_miss, select
+from freezeplan.select import Selection, explain_miss, match_types, select
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,8 @@ class Resolution:
     """What stays random in train mode, such as ``head_drop: Dropout p=0.5``."""
     alive: tuple[str, ...]
     """Frozen modules that a rule keeps in train mode: their statistics move, so the freeze is given up."""
+    unplaced: tuple[str, ...] = ()
+    """Where the plan speaks of depth: tensors that timm's matcher leaves out, so they have the depth of their place."""
 
     @property
     def frozen(self) -> tuple[Row, ...]:
@@ -159,7 +161,7 @@ def resolve(plan: Plan, model: Description) -> Resolution:
     uses = tuple(_uses(plan, model, selections, winners, module_rules))
     rates = {tensor.name: _rate(plan, winners["rate"].get(tensor.name)) for tensor in model.tensors}
 
-    problems = [*_unused(plan, model, selections, uses), *_uncovered(plan, rates)]
+    problems = [*_unused(plan, model, selections, uses), *_uncovered(plan, rates), *_overlaps(plan, selections)]
     if not problems and all(frozen for frozen, _ in filter(None, rates.values())):
         problems.append(
             Problem(
@@ -184,8 +186,8 @@ def resolve(plan: Plan, model: Description) -> Resolution:
             name=tensor.name,
             shape=tensor.shape,
             frozen=tensor.name in frozen,
-            lr_mult=decided[tensor.name][1],
-            wd_mult=0.0 if tensor.name in model.no_decay else wd_mult.get(tensor.name, 1.0),
+            lr_mult=_decayed(plan, model, tensor.name, decided[tensor.name][1]),
+            wd_mult=0.0 if plan.weight_decay == "timm" and tensor.name in model.no_decay else wd_mult.get(tensor.name, 1.0),
             mode=modes[tensor.module],
             reinit=reinit.get(tensor.name, False),
             rule=None if (index := winners["rate"].get(tensor.name)) is None else index + 1,
@@ -204,6 +206,7 @@ def resolve(plan: Plan, model: Description) -> Resolution:
         random=tuple(
             f"{m.name or model.model}: {m.random}" for m in model.modules if m.random and modes[m.name] == "train"
         ),
+        unplaced=model.unplaced if plan.layer_decay or any(rule.stage for rule in plan.rules) else (),
         alive=tuple(
             module.name
             for module in model.modules
@@ -238,6 +241,13 @@ def _rate(plan: Plan, index: int | None) -> tuple[bool, float | None] | None:
     return None if rate is None else (bool(rate.frozen), rate.lr_mult)
 
 
+def _decayed(plan: Plan, model: Description, name: str, lr_mult: float | None) -> float | None:
+    """The rate times ``layer_decay`` to the power of the layers behind, by timm's arithmetic."""
+    if lr_mult is None or plan.layer_decay is None:
+        return lr_mult
+    return lr_mult * max(plan.layer_decay_min_scale or 0.0, plan.layer_decay ** model.exponents[name])
+
+
 def _uses(
     plan: Plan,
     model: Description,
@@ -270,6 +280,13 @@ def _check_roles(plan: Plan, model: Description) -> None:
         for role in rule.role or ()
         if role in model.unknown
     ]
+    problems += [
+        Problem(model.unknown["stage"], plan.source.where(("rules", index, "stage")))
+        for index, rule in enumerate(plan.rules)
+        if rule.stage and "stage" in model.unknown
+    ]
+    if plan.layer_decay is not None and "layer_decay" in model.unknown:
+        problems.append(Problem(model.unknown["layer_decay"], plan.source.where(("layer_decay",))))
     if problems:
         raise PlanError(problems)
 
@@ -304,10 +321,35 @@ def _dead(plan: Plan, model: Description, index: int, rule: Rule) -> Problem:
     notes: list[str] = []
     for pattern in rule.match or ():
         notes += explain_miss(pattern, model)
+    if rule.stage:
+        stem = "a stem (0) and " if 0 in model.stages.values() else ""
+        notes.append(f"{model.model} has {stem}{model.last_stage} stages")
+    if rule.type and not match_types(rule.type, model):
+        classes = {name for module in model.modules for name in module.types}
+        notes += [note for pattern in rule.type for note in did_you_mean(pattern, classes)] or [
+            f"classes of {model.model}: {', '.join(sorted({m.types[0] for m in model.modules if model.own[m.name]}))}"
+        ]
     notes.append("a rule that need not match on every model says optional: true")
     return Problem(
         what, plan.source.where(("rules", index, "match" if rule.match else "role")), tuple(dict.fromkeys(notes))
     )
+
+
+def _overlaps(plan: Plan, selections: Sequence[Selection]) -> Iterator[Problem]:
+    """Under ``overlap: error``: pairs of rules that set the same thing on the same tensors."""
+    if plan.overlap == "first":
+        return
+    for late, below in enumerate(plan.rules):
+        for early, above in enumerate(plan.rules[:late]):
+            shared = [name for name in selections[late].tensors if name in set(selections[early].tensors)]
+            both = [setting for setting in below.settings if setting in above.settings]
+            if shared and both:
+                yield Problem(
+                    f"rules {early + 1} ({above.text}) and {late + 1} ({below.text}) both set {both[0]} "
+                    f"on {len(shared)} tensors, such as {shared[0]!r}",
+                    plan.source.where(("rules", late)),
+                    ("overlap: error allows no such pair; narrow one of them, or say overlap: first",),
+                )
 
 
 def _uncovered(plan: Plan, rates: Mapping[str, object]) -> Iterator[Problem]:

@@ -52,10 +52,18 @@ def select(rule: Rule, model: Description) -> Selection:
     if rule.match:
         tensors &= match_tensors(rule.match, model)
         modules &= match_modules(rule.match, model)
+    if rule.type:
+        of_type = match_types(rule.type, model)
+        tensors &= {name for module in of_type for name in model.below[module]}
+        modules &= {m.name for m in model.modules if any(up in of_type for n in m.names for up in (*prefixes(n), n))}
     if rule.role:
         named = frozenset().union(*(model.roles[role] for role in rule.role))
         tensors &= named
         modules &= named
+    if rule.stage:
+        wanted = set().union(*(stage_numbers(text, model.last_stage) for text in rule.stage))
+        tensors &= {name for name, stage in model.stages.items() if stage in wanted}
+        modules = {name for name in modules if (below := model.below[name]) and below <= tensors}
     return Selection(
         tuple(tensor.name for tensor in model.tensors if tensor.name in tensors),
         tuple(module.name for module in model.modules if module.name in modules),
@@ -70,6 +78,33 @@ def match_tensors(patterns: Iterable[str], model: Description) -> set[str]:
 def match_modules(patterns: Iterable[str], model: Description) -> set[str]:
     """Return the modules, root excluded, of which any pattern matches a name or the name of a module above it."""
     return _matching(patterns, ((module.name, module.names) for module in model.modules if module.name))
+
+
+def match_types(patterns: Iterable[str], model: Description) -> set[str]:
+    """Return the modules, root excluded, of which any pattern matches the whole name of the class or of a base."""
+    regexes = [re.compile(pattern) for pattern in patterns]
+    return {
+        module.name
+        for module in model.modules
+        if module.name and any(regex.fullmatch(name) for regex in regexes for name in module.types)
+    }
+
+
+def stage_numbers(text: str, last: int) -> range:
+    """Return the stages that an integer or a range means in a model whose last stage is ``last``.
+
+    Examples:
+        >>> [list(stage_numbers(text, 4)) for text in ("2", "-1", "..2", "3..", "1..-2")]
+        [[2], [4], [0, 1, 2], [3, 4], [1, 2, 3]]
+    """
+
+    def number(part: str, otherwise: int) -> int:
+        value = int(part) if part else otherwise
+        return value if value >= 0 else last + 1 + value
+
+    first, dots, end = text.partition("..")
+    low = number(first, 0)
+    return range(max(low, 0), (number(end, last) if dots else low) + 1)
 
 
 def _matching(patterns: Iterable[str], named: Iterable[tuple[str, tuple[str, ...]]]) -> set[str]:

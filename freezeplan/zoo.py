@@ -12,18 +12,20 @@ import importlib
 import inspect
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from freezeplan import names
+from freezeplan import names, stages
 from freezeplan.description import Description, Module, Tensor
 from freezeplan.errors import ModelError, did_you_mean
 
 _BIAS = re.compile(r"(?:\w+_)?bias(?:_[ih]h_l\d+(?:_reverse)?)?")
 _IMPORTABLE = re.compile(r"[\w.]+:\w+")
 _DRAWS = re.compile(r"\bdrop\w*\(|dropout_p\b|self\.dropout,")
+_POSITION = re.compile(r"pos_embed|patch_pos|pixel_pos|position_embedding")
 _NORM = re.compile(r"Norm|InplaceAbn")
 
 
@@ -115,6 +117,15 @@ def describe(model: nn.Module) -> Description:
     modules = tuple(_modules(model))
     head = _head(model, first_name)
     norms = frozenset(_norms(model, first_name))
+    ordered = tuple(tensor.name for tensor in tensors)
+    classifier = frozenset() if isinstance(head, str) else head
+    depth = _depth(model, ordered, modules, classifier)
+    unknown: dict[str, str] = {"head": head} if isinstance(head, str) else {}
+    if not is_timm(model):
+        reason = f"{title(model)} is not a timm model, so its {{}} not known; select with match or type"
+        named = {"stem": "stem is", "body": "body is", "pos_embed": "position embeddings are", "stage": "stages are"}
+        unknown |= {key: reason.format(words) for key, words in named.items()}
+        unknown["layer_decay"] = f"{title(model)} is not a timm model, so its layers have no known order"
     return Description(
         model=title(model),
         tensors=tensors,
@@ -122,9 +133,16 @@ def describe(model: nn.Module) -> Description:
         roles={
             "norm": norms,
             "bias": frozenset(t.name for t in tensors if _BIAS.fullmatch(t.name.rpartition(".")[2])),
+            "no_weight_decay": frozenset(_listed(model, tensors)),
+            "pos_embed": frozenset(name for name in ordered if _POSITION.search(name)),
+            "stem": frozenset(name for name, stage in depth.stages.items() if stage == 0),
+            "body": frozenset(ordered) - classifier,
             **({} if isinstance(head, str) else {"head": head}),
         },
-        unknown={"head": head} if isinstance(head, str) else {},
+        unknown=unknown,
+        stages=depth.stages,
+        exponents=depth.exponents,
+        unplaced=depth.unplaced,
         no_decay=frozenset(_no_decay(model, tensors)),
     )
 
@@ -232,14 +250,80 @@ def _norms(model: nn.Module, first_name: Mapping[int, str]) -> Iterator[str]:
 
 def _no_decay(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[str]:
     """As ``timm.optim.param_groups_weight_decay``: at most one dimension, ``.bias``, or in ``no_weight_decay()``."""
+    listed = frozenset(_listed(model, tensors))
+    for tensor in tensors:
+        if len(tensor.shape) <= 1 or tensor.name.endswith(".bias") or tensor.name in listed:
+            yield tensor.name
+
+
+def _listed(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[str]:
+    """The tensors that ``no_weight_decay()`` lists, by name or by pattern."""
     patterns: Iterable[str] = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
     for tensor in tensors:
-        if (
-            len(tensor.shape) <= 1
-            or tensor.name.endswith(".bias")
-            or any(fnmatch.fnmatch(name, pattern) for pattern in patterns for name in tensor.names)
-        ):
+        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns for name in tensor.names):
             yield tensor.name
+
+
+@dataclass(frozen=True)
+class _Depth:
+    stages: Mapping[str, int]
+    exponents: Mapping[str, int]
+    unplaced: tuple[str, ...]
+
+
+class _Named:
+    """As much of a module as ``timm.models.group_parameters`` reads, with one name more that no matcher knows."""
+
+    unknown = "?"
+
+    def __init__(self, tensors: Iterable[str]):
+        self._names = (*tensors, self.unknown)
+
+    def named_parameters(self) -> Iterator[tuple[str, None]]:
+        return ((name, None) for name in self._names)
+
+
+def _groups(model: nn.Module, ordered: tuple[str, ...], *, coarse: bool) -> dict[str, int] | None:
+    """timm's groups of the tensors, with the group of what its matcher leaves out under ``?``; None without a matcher."""
+    from timm.models import group_parameters
+
+    try:
+        matcher = model.group_matcher(coarse=coarse)  # type: ignore[operator]
+    except (AttributeError, AssertionError):  # no matcher, or none of this kind (rdnet)
+        return None
+    return dict(group_parameters(_Named(ordered), matcher, reverse=True))
+
+
+def _depth(model: nn.Module, ordered: tuple[str, ...], described: tuple[Module, ...], head: frozenset[str]) -> _Depth:
+    """Stages and layers by timm's groups; by its feature taps where the groups are single layers or missing."""
+    if not is_timm(model):
+        return _Depth({}, {}, ())
+    coarse, fine = _groups(model, ordered, coarse=True), _groups(model, ordered, coarse=False)
+    left_out = frozenset(name for name in ordered if fine and fine[name] == fine[_Named.unknown])
+    config: Any = model.pretrained_cfg
+    if coarse and not _single_layers(coarse):
+        unmatched = frozenset(name for name in ordered if coarse[name] == coarse[_Named.unknown])
+        found = stages.by_groups({name: coarse[name] for name in ordered}, unmatched, head)
+    else:
+        order = {name: index for index, module in enumerate(described) for name in module.names}
+        taps = [str(tap["module"]) for tap in getattr(model, "feature_info", ()) or ()]
+        first = config.get("first_conv") or ""
+        first = first if isinstance(first, str) else next(iter(first), "")
+        found = stages.by_features(ordered, order, taps, first, head)
+    if fine:
+        layers = {name: fine[name] for name in ordered}
+    else:
+        last = max(found.values(), default=0) + 1
+        layers = {name: found.get(name, last) for name in ordered}
+    return _Depth(found, stages.exponents(layers), tuple(name for name in ordered if name in left_out - head))
+
+
+def _single_layers(groups: Mapping[str, int]) -> bool:
+    """Whether no group, the stem and the last apart, has more than one module that owns tensors (VGG)."""
+    owners: dict[int, set[str]] = {}
+    for name, group in groups.items():
+        owners.setdefault(group, set()).add(names.owner(name))
+    return all(len(found) == 1 for group, found in owners.items() if 0 < group < max(owners))
 
 
 def fresh(model: nn.Module, seed: int) -> nn.Module:
