@@ -14,15 +14,17 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PlainSerializer,
     PrivateAttr,
+    Tag,
     WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from freezeplan.source import Source
+from freezeplan.source import Loc, Source
 
 Role = Literal["head", "stem", "body", "norm", "bias", "pos_embed", "no_weight_decay"]
 Mode = Literal["eval", "train"]
@@ -89,7 +91,9 @@ def _check_stage(value: object) -> str:
     text = str(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
     if not _STAGE.fullmatch(text) or text == "..":
         raise PydanticCustomError(
-            "bad_stage", "stage is an integer or a range, 2, -1, 1..3, ..2 or 3.., found {found}", {"found": repr(value)}
+            "bad_stage",
+            "stage is an integer or a range, 2, -1, 1..3, ..2 or 3.., found {found}",
+            {"found": repr(value)},
         )
     return text
 
@@ -201,7 +205,9 @@ class Rule(_Data):
         if self.frozen and self.lr_mult is not None:
             raise PydanticCustomError("two_rates", "a rule has frozen or lr_mult, not both")
         if not any(getattr(self, key) is not None for key in SELECTORS):
-            raise PydanticCustomError("no_selector", "a rule selects with match, type, role or stage; this one has none")
+            raise PydanticCustomError(
+                "no_selector", "a rule selects with match, type, role or stage; this one has none"
+            )
         if not self.settings:
             raise PydanticCustomError("no_setting", "a rule sets something: frozen, lr_mult, wd_mult, mode or reinit")
         return self
@@ -219,6 +225,59 @@ class Rule(_Data):
         return ", ".join(
             f"{key}: {v[0] if len(v) == 1 else '[' + ', '.join(v) + ']'}" for key, v in given if v is not None
         )
+
+
+class Plateau(_Data):
+    """A phase ends when a metric has stopped getting better.
+
+    Examples:
+        >>> Plateau(metric="val_loss", patience=2).goal
+        'min'
+    """
+
+    metric: Annotated[str, Field(strict=True, min_length=1)]
+    """Name under which ``applied.step(metrics={...})`` gets it."""
+    patience: Annotated[int, Field(strict=True, ge=1)]
+    """Epochs without a new best value after which the phase ends."""
+    goal: Literal["min", "max"] = "min"
+    """Whether small values are good (a loss) or large ones (an accuracy)."""
+
+
+def _until_kind(value: object) -> str | None:
+    if isinstance(value, (dict, Plateau)):
+        return "plateau"
+    if isinstance(value, str):
+        return "percent"
+    return "epochs" if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+Until = Annotated[
+    Annotated[int, Field(strict=True, ge=1), Tag("epochs")]
+    | Annotated[str, Field(strict=True, pattern=r"^(?:[1-9]|[1-9]\d)(?:\.\d+)?%$"), Tag("percent")]
+    | Annotated[Plateau, Tag("plateau")],
+    Discriminator(
+        _until_kind,
+        custom_error_type="bad_until",
+        custom_error_message="until is an epoch (3), a percentage ('25%') or a plateau ({{metric: val_loss, patience: 2}})",
+    ),
+]
+
+
+class Phase(_Data):
+    """A part of the training with rules of its own, which stand before the plan's.
+
+    Examples:
+        >>> Phase(name="head", until=2, rules=[Rule(role="head", lr_mult=1), Rule(match=".*", frozen=True)]).until
+        2
+    """
+
+    name: Annotated[str, Field(strict=True, min_length=1)]
+    """What the phase is called in reports; no two alike."""
+    until: Until | None = None
+    """Where it ends: before this epoch, counted from 0 since the start of training; after this percentage of the
+    epochs; or at a plateau. The last phase has none."""
+    rules: tuple[Rule, ...] = ()
+    """Rules that hold in this phase, ahead of the plan's."""
 
 
 class Plan(_Data):
@@ -251,12 +310,38 @@ class Plan(_Data):
     overlap: Literal["first", "error"] = "first"
     """``first``: the first matching rule wins. ``error``: two rules that set the same thing on one tensor are an error."""
 
+    phases: tuple[Phase, ...] = ()
+    """Parts of the training, in order; without any the rules hold throughout."""
+
     _source: Source = PrivateAttr(default_factory=Source)
 
     @model_validator(mode="after")
     def _min_scale_needs_decay(self) -> Plan:
         if self.layer_decay_min_scale is not None and self.layer_decay is None:
             raise PydanticCustomError("min_scale_alone", "layer_decay_min_scale needs layer_decay")
+        return self
+
+    @model_validator(mode="after")
+    def _phases_follow_each_other(self) -> Plan:
+        names = [phase.name for phase in self.phases]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise PydanticCustomError("phase_twice", "two phases are called {name}", {"name": repr(twice)})
+        for phase in self.phases[:-1]:
+            if phase.until is None:
+                raise PydanticCustomError(
+                    "phase_endless", "phase {name} says no until, and only the last may", {"name": repr(phase.name)}
+                )
+        if self.phases and self.phases[-1].until is not None:
+            raise PydanticCustomError(
+                "last_phase_ends",
+                "the last phase, {name}, has no until: it goes on to the end",
+                {"name": repr(names[-1])},
+            )
+        for kind in (int, str):
+            ends = [float(str(p.until).rstrip("%")) for p in self.phases if isinstance(p.until, kind)]
+            if ends != sorted(set(ends)):
+                raise PydanticCustomError("phase_order", "phases end one after the other; until must grow")
         return self
 
     @property
@@ -268,6 +353,25 @@ class Plan(_Data):
     def title(self) -> str:
         """The plan's name, or its file's, or ``plan``."""
         return self.name or self._source.file or "plan"
+
+    @property
+    def parts(self) -> tuple[Plan, ...]:
+        """The plan of each phase, without phases: its rules, then the plan's. A plan without phases is its only part.
+
+        Examples:
+            >>> phases = [{"name": "head", "until": 1, "rules": [{"match": ".*", "frozen": True}]}, {"name": "all"}]
+            >>> plan = Plan(version=1, phases=phases, rules=[Rule(match=".*", lr_mult=1)])
+            >>> [len(part.rules) for part in plan.parts]
+            [2, 1]
+        """
+        return tuple(self._part(index) for index in range(len(self.phases))) or (self,)
+
+    def _part(self, index: int) -> Plan:
+        own = self.phases[index].rules
+        places: dict[Loc, Loc] = {("rules", i): ("phases", index, "rules", i) for i in range(len(own))}
+        places |= {("rules", len(own) + i): ("rules", i) for i in range(len(self.rules))}
+        part = self.model_copy(update={"rules": own + self.rules, "phases": ()})
+        return part.from_source(self._source.moved(places))
 
     def from_source(self, source: Source) -> Plan:
         """Return the same plan with the place where it was written."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from freezeplan.description import Description, Module
@@ -45,13 +45,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Group:
-    """The trained tensors that share all their optimizer settings."""
+    """The tensors that share all their optimizer settings, over all phases."""
 
     name: str
-    lr_mult: float
+    rates: tuple[float | None, ...]
+    """The multiplier of the learning rate in each phase; None where the tensors are frozen."""
     wd_mult: float
     tensors: tuple[str, ...]
     elements: int
+
+    @property
+    def lr_mult(self) -> float:
+        """The multiplier in the first phase that trains the tensors."""
+        return next(rate for rate in self.rates if rate is not None)
+
+    @property
+    def constant(self) -> bool:
+        """Whether every phase that trains the tensors does so at the same rate."""
+        return len({rate for rate in self.rates if rate is not None}) == 1
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,10 @@ class Resolution:
     """What stays random in train mode, such as ``head_drop: Dropout p=0.5``."""
     alive: tuple[str, ...]
     """Frozen modules that a rule keeps in train mode: their statistics move, so the freeze is given up."""
+    phase: str = ""
+    """Name of the phase that this holds in; empty without phases."""
+    phases: tuple[Resolution, ...] = ()
+    """One resolution for each phase; what is said above is of the first. Empty without phases."""
     unplaced: tuple[str, ...] = ()
     """Where the plan speaks of depth: tensors that timm's matcher leaves out, so they have the depth of their place."""
 
@@ -122,21 +137,39 @@ class Resolution:
         """The rows of what is trained."""
         return tuple(row for row in self.rows if not row.frozen)
 
+    @property
+    def parts(self) -> tuple[Resolution, ...]:
+        """One resolution a phase; of a plan without phases, this one."""
+        return self.phases or (self,)
+
+    @cached_property
+    def always_frozen(self) -> tuple[Row, ...]:
+        """The rows of what is frozen in every phase."""
+        return tuple(
+            rows[0] for rows in zip(*(part.rows for part in self.parts), strict=True) if all(r.frozen for r in rows)
+        )
+
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """The optimizer's groups: trained tensors merged by all of their settings, in the model's order."""
-        merged: dict[tuple[float, float], list[Row]] = {}
-        for row in self.trained:
-            merged.setdefault((row.lr_mult or 0.0, row.wd_mult), []).append(row)
+        """The optimizer's groups: what is ever trained, merged by all settings over all phases, in the model's order.
+
+        So every phase finds its tensors in the same groups, and none is ever added to an optimizer.
+        """
+        merged: dict[tuple[tuple[float | None, ...], float], list[Row]] = {}
+        for rows in zip(*(part.rows for part in self.parts), strict=True):
+            rates = tuple(row.lr_mult for row in rows)
+            if any(rate is not None for rate in rates):
+                merged.setdefault((rates, rows[0].wd_mult), []).append(rows[0])
         return tuple(
-            Group(_group_name(lr, wd), lr, wd, tuple(row.name for row in rows), sum(row.elements for row in rows))
-            for (lr, wd), rows in merged.items()
+            Group(_group_name(rates, wd), rates, wd, tuple(row.name for row in rows), sum(row.elements for row in rows))
+            for (rates, wd), rows in merged.items()
         )
 
 
-def _group_name(lr_mult: float, wd_mult: float) -> str:
+def _group_name(rates: tuple[float | None, ...], wd_mult: float) -> str:
+    shown = ["frozen" if rate is None else f"{rate:g}" for rate in rates]
     decay = {0.0: ", no decay", 1.0: ""}.get(wd_mult, f", wd_mult={wd_mult:g}")
-    return f"lr_mult={lr_mult:g}{decay}"
+    return f"lr_mult={'/'.join(shown if len(set(shown)) > 1 else shown[:1])}{decay}"
 
 
 def resolve(plan: Plan, model: Description) -> Resolution:
@@ -155,13 +188,49 @@ def resolve(plan: Plan, model: Description) -> Resolution:
             nothing left to train.
     """
     _check_roles(plan, model)
+    parts = tuple(_decide(part, model) for part in plan.parts)
+    problems = [problem for part in parts for problem in part.problems]
+    for number, part in enumerate(parts):
+        own = len(plan.phases[number].rules) if plan.phases else 0
+        problems += [problem for index, problem in part.unused.items() if index < own]
+    problems += _unused_in_all(plan, parts)
+    if problems:
+        raise PlanError(dict.fromkeys(problems))
+    views = [part.view() for part in parts]
+    if not plan.phases:
+        return views[0]
+    named = tuple(replace(view, phase=phase.name) for view, phase in zip(views, plan.phases, strict=True))
+    return replace(named[0], plan=plan, phases=named)
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """One part of a plan on a model: what is wrong with it, and what it means if nothing is."""
+
+    problems: tuple[Problem, ...]
+    unused: Mapping[int, Problem]
+    """Index of a rule that decides nothing -> what to say of it."""
+    view: Callable[[], Resolution]
+
+
+def _unused_in_all(plan: Plan, parts: Sequence[_Decided]) -> Iterator[Problem]:
+    """The plan's own rules that decide nothing in any phase."""
+    offsets = [len(phase.rules) for phase in plan.phases] or [0]
+    for index in range(len(plan.rules)):
+        found = [part.unused.get(offset + index) for part, offset in zip(parts, offsets, strict=True)]
+        if found[-1] is not None and all(found):
+            yield found[-1]
+
+
+def _decide(plan: Plan, model: Description) -> _Decided:
+    """Decide one part of a plan, without phases."""
     selections = [select(rule, model) for rule in plan.rules]
     winners = {setting: _winners(plan, selections, setting) for setting in ("rate", "wd_mult", "mode", "reinit")}
     module_rules = _module_rules(plan, selections)
     uses = tuple(_uses(plan, model, selections, winners, module_rules))
     rates = {tensor.name: _rate(plan, winners["rate"].get(tensor.name)) for tensor in model.tensors}
-
-    problems = [*_unused(plan, model, selections, uses), *_uncovered(plan, rates), *_overlaps(plan, selections)]
+    unused = dict(_unused(plan, model, selections, uses))
+    problems = [*_uncovered(plan, rates), *_overlaps(plan, selections)]
     if not problems and all(frozen for frozen, _ in filter(None, rates.values())):
         problems.append(
             Problem(
@@ -171,9 +240,17 @@ def resolve(plan: Plan, model: Description) -> Resolution:
             )
         )
     modes_by_rule, conflicts = _decided_modes(plan, model, winners["mode"], module_rules)
-    if problems := problems + conflicts:
-        raise PlanError(problems)
+    return _Decided((*problems, *conflicts), unused, lambda: _view(plan, model, winners, rates, modes_by_rule, uses))
 
+
+def _view(
+    plan: Plan,
+    model: Description,
+    winners: Mapping[str, Mapping[str, int]],
+    rates: Mapping[str, tuple[bool, float | None] | None],
+    modes_by_rule: Mapping[str, Mode],
+    uses: tuple[RuleUse, ...],
+) -> Resolution:
     decided = {name: rate for name, rate in rates.items() if rate is not None}
     frozen = frozenset(name for name, (is_frozen, _) in decided.items() if is_frozen)
     modes = _modes(model, frozen, modes_by_rule)
@@ -187,7 +264,9 @@ def resolve(plan: Plan, model: Description) -> Resolution:
             shape=tensor.shape,
             frozen=tensor.name in frozen,
             lr_mult=_decayed(plan, model, tensor.name, decided[tensor.name][1]),
-            wd_mult=0.0 if plan.weight_decay == "timm" and tensor.name in model.no_decay else wd_mult.get(tensor.name, 1.0),
+            wd_mult=0.0
+            if plan.weight_decay == "timm" and tensor.name in model.no_decay
+            else wd_mult.get(tensor.name, 1.0),
             mode=modes[tensor.module],
             reinit=reinit.get(tensor.name, False),
             rule=None if (index := winners["rate"].get(tensor.name)) is None else index + 1,
@@ -293,26 +372,29 @@ def _check_roles(plan: Plan, model: Description) -> None:
 
 def _unused(
     plan: Plan, model: Description, selections: Sequence[Selection], uses: Sequence[RuleUse]
-) -> Iterator[Problem]:
+) -> Iterator[tuple[int, Problem]]:
     for index, (rule, selection, use) in enumerate(zip(plan.rules, selections, uses, strict=True)):
         if use.decided or use.modules or (rule.optional and not selection.tensors):
             continue
         reaches_modules = rule.settings == ("mode",) and selection.modules
         if not selection.tensors and not reaches_modules:
-            yield _dead(plan, model, index, rule)
+            yield index, _dead(plan, model, index, rule)
         else:
             above = ", ".join(
                 f"rule {number}{plan.source.line(('rules', number - 1))} ({count})" for number, count in use.takers
             )
-            yield Problem(
-                f"rule {index + 1} ({rule.text}) decides nothing: "
-                + (
-                    f"all {use.matched} tensors that it matches are decided by {above}"
-                    if above
-                    else "rules above it do"
+            yield (
+                index,
+                Problem(
+                    f"rule {index + 1} ({rule.text}) decides nothing: "
+                    + (
+                        f"all {use.matched} tensors that it matches are decided by {above}"
+                        if above
+                        else "rules above it do"
+                    ),
+                    use.where,
+                    ("the first matching rule wins: move this one up, or delete it",),
                 ),
-                use.where,
-                ("the first matching rule wins: move this one up, or delete it",),
             )
 
 

@@ -48,6 +48,18 @@ class Source:
                 return f"{self.file}:{line}:{column}"
         return self.file
 
+    def moved(self, places: Mapping[Loc, Loc]) -> Source:
+        """Return the source of a plan that is put together from parts of this one: new place -> old place of a part."""
+        positions = {
+            (*new, *loc[len(old) :]): position
+            for new, old in places.items()
+            for loc, position in self.positions.items()
+            if loc[: len(old)] == old
+        }
+        return Source(
+            self.file, {**{loc: p for loc, p in self.positions.items() if loc[:1] != ("rules",)}, **positions}
+        )
+
     def line(self, loc: Loc) -> str:
         """Return ``, line N`` for a sentence about ``loc``, or nothing where no line is known."""
         position = self.positions.get(loc)
