@@ -19,7 +19,7 @@ from freezeplan import names, zoo
 from freezeplan.errors import ApplyError, ModelError
 from freezeplan.resolve import Group, Resolution
 
-Scheduler = Literal["torch", "timm"]
+Scheduler = Literal["torch", "timm", "any"]
 
 
 class Pin:
@@ -29,16 +29,18 @@ class Pin:
     with the module that it belongs to.
     """
 
-    __slots__ = ("module", "whole")
+    __slots__ = ("asked", "module", "whole")
 
     def __init__(self, module: nn.Module, whole: bool):
         self.module = module
         self.whole = whole
         """Whether everything below stays in eval too; otherwise the mode is passed on."""
+        self.asked = module.training
+        """The mode that was asked for last, and that the module gets when the pin goes."""
 
     def __call__(self, mode: bool = True) -> nn.Module:
         """Set the modes of the module and of what is below, as ``nn.Module.train`` would, and stay in eval."""
-        module = self.module
+        module, self.asked = self.module, mode
         type(module).train(module, mode and not self.whole)
         module.training = False
         for part in module.modules() if self.whole else (module,):
@@ -58,6 +60,13 @@ class Before:
 
     requires_grad: Mapping[str, tuple[bool, ...]]
     training: Mapping[str, tuple[bool, ...]]
+
+
+def enter(model: nn.Module, part: Resolution) -> None:
+    """Put a model into one phase: flags, gradients and pins. What was pinned and is not gets its mode back."""
+    set_flags(model, part)
+    unpin(model)
+    pin(model, part)
 
 
 def remember(model: nn.Module) -> Before:
@@ -122,19 +131,25 @@ def pin(model: nn.Module, resolution: Resolution) -> None:
 
 
 def _set_pin(module: nn.Module, whole: bool) -> None:
-    module.__dict__["train"] = Pin(module, whole)
+    found = Pin(module, whole)
+    module.__dict__["train"] = found
     if whole:
-        module.train(False)
+        found(module.training)
     else:  # this module alone: the modes below are not this pin's business
         module.training = False
         _empty_cache(module)
 
 
 def unpin(model: nn.Module) -> None:
-    """Take every pin away; modes stay as they are."""
+    """Take every pin away; what was pinned gets the mode that was last asked for."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("train"), Pin):
+        found = module.__dict__.get("train")
+        if isinstance(found, Pin):
             del module.__dict__["train"]
+            if found.whole:
+                module.train(found.asked)
+            else:
+                module.training = found.asked
 
 
 def param_groups(
@@ -148,14 +163,22 @@ def param_groups(
         lr: Base learning rate; None: the groups carry none.
         weight_decay: Base weight decay; None: only groups without decay carry it, as 0.0.
         scheduler: ``torch``: ``lr`` is the base rate times the multiplier. ``timm``: ``lr`` is the base rate and
-            ``lr_scale`` the multiplier, which timm's schedulers apply. Never both.
+            ``lr_scale`` the multiplier, which timm's schedulers apply. ``any``: ``lr`` is the base rate, and
+            ``AppliedPlan.attach`` multiplies it during each step. Never two of them.
 
     Returns:
         One dict for each group with ``params``, ``param_names``, ``name``, ``lr_mult`` and what was said above.
 
     Raises:
-        ApplyError: If the groups need a base rate or a base decay that was not given, or a parameter is gone.
+        ApplyError: If the groups need a base rate or a base decay that was not given, a parameter is gone, or a rate
+            differs between phases and the scheduler is not ``any``.
     """
+    changing = [group for group in resolution.groups if not group.constant]
+    if changing and scheduler != "any":
+        raise ApplyError(
+            f"{changing[0].tensors[0]!r} trains at different rates in different phases ({changing[0].name})",
+            notes=["this needs apply_plan(..., scheduler='any') and applied.attach(optimizer)"],
+        )
     rates = sorted({group.lr_mult for group in resolution.groups})
     if lr is None and scheduler == "torch" and rates != [1.0]:
         raise ApplyError(

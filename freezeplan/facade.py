@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from freezeplan import apply, guard, names, zoo
+from freezeplan import apply, guard, names, phases, rates, zoo
 from freezeplan.errors import ApplyError, FreezePlanWarning
 from freezeplan.load import PlanLike, load_plan
 from freezeplan.plan import Plan
@@ -49,6 +49,7 @@ def apply_plan(
     weight_decay: float | None = None,
     scheduler: apply.Scheduler = "torch",
     replace: bool = False,
+    epochs: int | None = None,
 ) -> AppliedPlan:
     """Freeze and train the parameters of a model as a plan says.
 
@@ -64,15 +65,18 @@ def apply_plan(
         weight_decay: Base weight decay, 0 or greater. None: a group carries ``weight_decay`` only where its factor is 0
             and inherits the optimizer's otherwise.
         scheduler: Who multiplies. ``torch``: the multiplier is in the group's ``lr``; right for schedulers that
-            multiply. ``timm``: it is in ``lr_scale``, which timm's schedulers apply (and nothing else does).
+            multiply. ``timm``: it is in ``lr_scale``, which timm's schedulers apply (and nothing else does). ``any``:
+            ``applied.attach(optimizer)`` multiplies inside ``optimizer.step()``, exact under every scheduler.
         replace: Undo the plan that is live on this model first.
+        epochs: Epochs of the whole training, where a phase ends after a percentage of them.
 
     Returns:
         The applied plan. It iterates over its groups, so an optimizer takes it directly.
 
     Raises:
         PlanError: If the plan is not valid or does not fit the model.
-        ApplyError: If another plan is live on the model, or ``lr`` or ``weight_decay`` is needed and missing.
+        ApplyError: If another plan is live on the model, ``lr``, ``weight_decay`` or ``epochs`` is needed and missing, or
+            a tensor's rate differs between phases and the scheduler is not ``any``.
         ModelError: If ``reinit`` is asked for and the model cannot be created anew.
 
     Warns:
@@ -90,8 +94,8 @@ def apply_plan(
     """
     _check_number("lr", lr, minimum=0, allowed=False)
     _check_number("weight_decay", weight_decay, minimum=0, allowed=True)
-    if scheduler not in ("torch", "timm"):
-        raise ApplyError(f"scheduler is 'torch' or 'timm', found {scheduler!r}")
+    if scheduler not in ("torch", "timm", "any"):
+        raise ApplyError(f"scheduler is 'torch', 'timm' or 'any', found {scheduler!r}")
     inner = names.unwrap(model)
     resolution = resolve_plan(plan, inner)
     live = applied(inner)
@@ -103,12 +107,12 @@ def apply_plan(
     apply.param_groups(
         inner, resolution, lr=lr, weight_decay=weight_decay, scheduler=scheduler
     )  # refuse before changing
+    phases.phase_at(resolution.plan.phases, phases.Progress(), epochs)
     apply.reinitialise(inner, resolution, torch.initial_seed())
     if live is not None:
         live.undo()
-    handle = AppliedPlan(inner, resolution, lr=lr, weight_decay=weight_decay, scheduler=scheduler)
-    apply.set_flags(inner, resolution)
-    apply.pin(inner, resolution)
+    handle = AppliedPlan(inner, resolution, lr=lr, weight_decay=weight_decay, scheduler=scheduler, epochs=epochs)
+    apply.enter(inner, resolution)
     inner.__dict__[_ATTRIBUTE] = handle
     for use in resolution.uses:
         if use.weak:
@@ -154,12 +158,16 @@ class AppliedPlan:
         lr: float | None,
         weight_decay: float | None,
         scheduler: apply.Scheduler,
+        epochs: int | None,
     ):
         self.model = model
         """The model, without wrappers."""
         self.resolution = resolution
         """What the plan means for it, tensor by tensor."""
         self._lr, self._weight_decay, self._scheduler = lr, weight_decay, scheduler
+        self._epochs = epochs
+        self._progress = phases.Progress()
+        self._multiplier: rates.Multiplier | None = None
         self._before = apply.remember(model)
         self._seal: guard.Seal | None = None
 
@@ -187,6 +195,146 @@ class AppliedPlan:
         """Return the trained parameters, for ``torch.nn.utils.clip_grad_norm_``."""
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
+    @property
+    def phase(self) -> str:
+        """Name of the phase that the model is in; empty for a plan without phases."""
+        return self._part.phase
+
+    @property
+    def _part(self) -> Resolution:
+        return self.resolution.parts[phases.phase_at(self.plan.phases, self._progress, self._epochs)]
+
+    def step(
+        self,
+        *,
+        epoch: int,
+        metrics: Mapping[str, float] | None = None,
+        rewrap: bool = False,
+        find_unused: bool = False,
+    ) -> bool:
+        """Say which epoch comes next; call it before every epoch. A new phase sets flags, gradients and pins.
+
+        Optimizer groups stay as they are, and the state of what is frozen again is kept.
+
+        Args:
+            epoch: The epoch that comes next, from 0.
+            metrics: What was measured after the one before it, for phases that end at a plateau.
+            rewrap: With several processes: the model is wrapped in DistributedDataParallel anew whenever this returns
+                True.
+            find_unused: With several processes: the model was wrapped with ``find_unused_parameters=True`` while
+                everything that any phase trains had ``requires_grad``.
+
+        Returns:
+            Whether a new phase has begun.
+
+        Raises:
+            ApplyError: If the plan was undone, a metric is missing, the rates need ``attach`` and it was not called, or
+                the phase changes in several processes without one of the two promises: the gradients of what is thawed
+                would not be synchronised, and nothing would say so.
+
+        Examples:
+            >>> from freezeplan.zoo import create_model
+            >>> model = create_model("test_resnet", num_classes=3)
+            >>> rules = [{"role": "body", "frozen": True}]
+            >>> phases = [{"name": "head", "until": 1, "rules": rules}, {"name": "all"}]
+            >>> plan = {"version": 1, "phases": phases, "rules": [{"match": ".*", "lr_mult": 1}]}
+            >>> with apply_plan(model, plan) as live:
+            ...     for epoch in range(3):
+            ...         print(live.step(epoch=epoch), live.phase, sum(p.requires_grad for p in model.parameters()))
+            False head 2
+            True all 47
+            False all 47
+        """
+        self._check_live()
+        if self._scheduler == "any" and self._multiplier is None:
+            raise ApplyError("scheduler='any' multiplies inside optimizer.step()", notes=["applied.attach(optimizer)"])
+        before = self._part
+        moved = phases.advance(self.plan.phases, self._progress, self._epochs, epoch, metrics or {})
+        after = self.resolution.parts[phases.phase_at(self.plan.phases, moved, self._epochs)]
+        changed = after is not before
+        if changed and _world_size() > 1 and not (rewrap or find_unused):
+            raise ApplyError(
+                f"phase {after.phase!r} would begin in {_world_size()} processes: gradients of what it thaws would not be "
+                "synchronised, without an error",
+                notes=[
+                    "either: if applied.step(epoch=e, rewrap=True): model = DistributedDataParallel(module)",
+                    "or: wrap once with find_unused_parameters=True, and applied.step(epoch=e, find_unused=True)",
+                ],
+            )
+        self._progress = moved
+        if changed:
+            self._enter()
+        return changed
+
+    def _enter(self) -> None:
+        apply.enter(self.model, self._part)
+        if self._multiplier is not None:
+            self._multiplier.use(self._rates())
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Multiply this optimizer's rates inside each of its steps, for ``scheduler="any"``.
+
+        What a scheduler writes into ``lr`` is the base rate and is never changed, so the ratios hold under warm-ups,
+        floors, restarts and OneCycle alike.
+
+        Args:
+            optimizer: Made from ``param_groups``; gets two hooks, which ``undo`` takes away.
+
+        Raises:
+            ApplyError: If the plan was applied for another scheduler, is not live, or the optimizer misses a trained
+                parameter or multiplies already.
+
+        Examples:
+            >>> from freezeplan.zoo import create_model
+            >>> model = create_model("test_resnet", num_classes=3)
+            >>> rules = [{"role": "head", "lr_mult": 1}, {"match": ".*", "lr_mult": 0.1}]
+            >>> live = apply_plan(model, {"version": 1, "rules": rules}, scheduler="any")
+            >>> optimizer = torch.optim.AdamW(live, lr=1e-3)
+            >>> live.attach(optimizer)
+            >>> scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+        """
+        self._check_live()
+        if self._scheduler != "any":
+            raise ApplyError(
+                f"this plan was applied with scheduler={self._scheduler!r}, so its groups are multiplied already",
+                notes=["apply_plan(model, plan, scheduler='any'), then attach"],
+            )
+        rates.check_fresh(optimizer, {id(p): name for name, p in self._named()})
+        if self._multiplier is not None:
+            self._multiplier.remove()
+        self._multiplier = rates.Multiplier(optimizer, self._rates())
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        live = names.parameters(self.model)
+        return ((name, p) for group in self.resolution.groups for name in group.tensors for p in live[name])
+
+    def _rates(self) -> dict[int, float]:
+        """``id`` of each live trained parameter -> its multiplier in the phase that holds now."""
+        index = phases.phase_at(self.plan.phases, self._progress, self._epochs)
+        live = names.parameters(self.model)
+        return {
+            id(parameter): group.rates[index] or 1.0  # frozen now: it has no gradient, so its rate has no effect
+            for group in self.resolution.groups
+            for name in group.tensors
+            for parameter in live[name]
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far the training is, as plain data for a checkpoint; the plan is in it, to be compared."""
+        return {"plan": self.plan.model_dump(mode="json", exclude_defaults=True), "progress": self._progress.as_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken: the model is put into that phase.
+
+        Raises:
+            ApplyError: If the state belongs to another plan.
+        """
+        self._check_live()
+        if load_plan(state["plan"]) != self.plan:
+            raise ApplyError(f"this state belongs to another plan than {self.plan.title!r}")
+        self._progress = phases.Progress.from_dict(state["progress"])
+        self._enter()
+
     def seal(self, *, copy: bool = False) -> None:
         """Store digests (sha256) of what is frozen, parameters and buffers, for ``verify``.
 
@@ -212,8 +360,15 @@ class AppliedPlan:
     def undo(self) -> None:
         """Give the model back its flags and modes, take the pins away, clear gradients. Values stay. Twice is once."""
         if applied(self.model) is self:
+            if self._multiplier is not None:
+                self._multiplier.remove()
+                self._multiplier = None
             apply.restore(self.model, self._before)
             del self.model.__dict__[_ATTRIBUTE]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model, an average of its weights for one, is attached to no optimizer.
+        return {**self.__dict__, "_multiplier": None}
 
     def __enter__(self) -> AppliedPlan:
         return self
@@ -230,6 +385,11 @@ class AppliedPlan:
     def _check_live(self) -> None:
         if applied(self.model) is not self:
             raise ApplyError(f"the plan {self.plan.title!r} is no longer live on this model: it was undone or replaced")
+
+
+def _world_size() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _check_number(name: str, value: object, *, minimum: float, allowed: bool) -> None:

@@ -56,10 +56,10 @@ class Seal:
 def still(model: nn.Module, resolution: Resolution) -> Iterator[tuple[str, list[Tensor]]]:
     """Yield what must not move: frozen parameters, and the buffers of every module that is held in eval."""
     live = names.parameters(model)
-    for row in resolution.frozen:
+    for row in resolution.always_frozen:
         yield row.name, list(live.get(row.name, ()))
     for name, found in names.buffers(model).items():
-        if resolution.modes.get(_module(name, resolution)) == "eval":
+        if all(part.modes[_module(name, resolution)] == "eval" for part in resolution.parts):
             yield name, found
 
 
