@@ -231,7 +231,8 @@ def _decide(plan: Plan, model: Description) -> _Decided:
     rates = {tensor.name: _rate(plan, winners["rate"].get(tensor.name)) for tensor in model.tensors}
     unused = dict(_unused(plan, model, selections, uses))
     problems = [*_uncovered(plan, rates), *_overlaps(plan, selections)]
-    if not problems and all(frozen for frozen, _ in filter(None, rates.values())):
+    dead = any(plan.rules[index].settings != ("mode",) for index in unused)  # what it would have trained is not known
+    if not problems and not dead and all(frozen for frozen, _ in filter(None, rates.values())):
         problems.append(
             Problem(
                 f"every parameter of {model.model} is frozen; nothing is left to train",
@@ -403,9 +404,9 @@ def _dead(plan: Plan, model: Description, index: int, rule: Rule) -> Problem:
     notes: list[str] = []
     for pattern in rule.match or ():
         notes += explain_miss(pattern, model)
-    if rule.stage:
-        stem = "a stem (0) and " if 0 in model.stages.values() else ""
-        notes.append(f"{model.model} has {stem}{model.last_stage} stages")
+    if rule.stage or "stem" in (rule.role or ()):
+        stem = "a stem (stage 0)" if 0 in model.stages.values() else "no stem"
+        notes.append(f"{model.model} has {stem} and {model.last_stage} stages")
     if rule.type and not match_types(rule.type, model):
         classes = {name for module in model.modules for name in module.types}
         notes += [note for pattern in rule.type for note in did_you_mean(pattern, classes)] or [
