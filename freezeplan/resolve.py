@@ -189,11 +189,12 @@ def resolve(plan: Plan, model: Description) -> Resolution:
     """
     _check_roles(plan, model)
     parts = tuple(_decide(part, model) for part in plan.parts)
-    problems = [problem for part in parts for problem in part.problems]
+    problems: list[Problem] = []
     for number, part in enumerate(parts):
         own = len(plan.phases[number].rules) if plan.phases else 0
         problems += [problem for index, problem in part.unused.items() if index < own]
     problems += _unused_in_all(plan, parts)
+    problems += [problem for part in parts for problem in part.problems]
     if problems:
         raise PlanError(dict.fromkeys(problems))
     views = [part.view() for part in parts]

@@ -43,7 +43,7 @@ SIGNATURES = {
     "applied": "(model: 'nn.Module') -> 'AppliedPlan | None'",
     "apply_plan": (
         "(model: 'nn.Module', plan: 'PlanLike', *, lr: 'float | None' = None, weight_decay: 'float | None' = None, "
-        "scheduler: 'apply.Scheduler' = 'torch', replace: 'bool' = False) -> 'AppliedPlan'"
+        "scheduler: 'apply.Scheduler' = 'torch', replace: 'bool' = False, epochs: 'int | None' = None) -> 'AppliedPlan'"
     ),
     "load_plan": "(plan: 'PlanLike') -> 'Plan'",
     "resolve_plan": "(plan: 'PlanLike', model: 'nn.Module') -> 'Resolution'",
@@ -60,16 +60,30 @@ def test_what_an_applied_plan_offers():
     """An applied plan offers these and nothing else."""
     offered = {name for name in vars(freezeplan.AppliedPlan) if not name.startswith("_")}
 
-    assert offered == {"param_groups", "plan", "seal", "trainable_parameters", "undo", "verify"}
+    assert offered == {
+        "attach",
+        "load_state_dict",
+        "param_groups",
+        "phase",
+        "plan",
+        "seal",
+        "state_dict",
+        "step",
+        "trainable_parameters",
+        "undo",
+        "verify",
+    }
     assert str(inspect.signature(freezeplan.AppliedPlan.seal)) == "(self, *, copy: 'bool' = False) -> 'None'"
 
 
 def test_the_keys_of_a_plan():
     """The plan language has these keys; a new one is a change of the language."""
-    assert list(freezeplan.Plan.model_fields) == ["version", "name", "description", "rules", "default"]
+    assert list(freezeplan.Plan.model_fields) == ["version", "name", "description", "rules", "default", "layer_decay", "layer_decay_min_scale", "weight_decay", "overlap", "phases"]
     assert list(freezeplan.Rule.model_fields) == [
         "match",
+        "type",
         "role",
+        "stage",
         "frozen",
         "lr_mult",
         "wd_mult",

@@ -41,8 +41,10 @@ def test_every_golden_has_its_bad_file():
     assert sorted(file.stem for file in BAD.glob("*.txt")) == FILES
 
 
-PRESETS = "bitfit, full, linear_probe, norm_and_head, voc_vgg16/frozen_convs, voc_vgg16/low_conv_lr, " + (
-    "voc_vgg16/same_lr, voc_vgg16/scratch"
+PRESETS = (
+    "bitfit, discriminative, frozen_stages_1, frozen_stages_2, frozen_stages_3, frozen_stages_4, frozen_stem, full, "
+    "gradual_unfreeze, head_then_all, linear_probe, llrd, llrd_65, lp_ft, norm_and_head, norm_only, surgical_first, "
+    "surgical_last, voc_vgg16/frozen_convs, voc_vgg16/low_conv_lr, voc_vgg16/same_lr, voc_vgg16/scratch"
 )
 
 MISSING = [

@@ -149,10 +149,10 @@ REJECTED_RULES = [
     ),
     pytest.param(
         {"role": "nrom", "lr_mult": 1},
-        "rules[0].role[0]: role is one of 'head', 'norm' or 'bias', found 'nrom' (text)\n  did you mean 'norm'?",
+        "rules[0].role[0]: role is one of 'head', 'stem', 'body', 'norm', 'bias', 'pos_embed' or 'no_weight_decay', found 'nrom' (text)\n  did you mean 'norm'?",
         id="role-unknown",
     ),
-    pytest.param({"lr_mult": 1}, "rules[0]: a rule selects with match or role; this one has neither", id="no-selector"),
+    pytest.param({"lr_mult": 1}, "rules[0]: a rule selects with match, type, role or stage; this one has none", id="no-selector"),
     pytest.param(
         {"match": "a", "optional": True},
         "rules[0]: a rule sets something: frozen, lr_mult, wd_mult, mode or reinit",
@@ -166,7 +166,7 @@ REJECTED_RULES = [
     pytest.param(
         {"match": "a", "lr_mult": 1, "warm_up_epochs": 3},
         "rules[0].warm_up_epochs: unknown key 'warm_up_epochs'\n"
-        "  known keys: match, role, frozen, lr_mult, wd_mult, mode, reinit, optional",
+        "  known keys: match, type, role, stage, frozen, lr_mult, wd_mult, mode, reinit, optional",
         id="key-near-nothing",
     ),
 ]
@@ -225,7 +225,7 @@ REJECTED_PLANS = [
         {"version": 2, "rules": [{"match": "a", "lr_mult": 0}, {"frozen": True}]},
         "version: version is 1, the number, found 2; this freezeplan reads version 1\n\n"
         "rules[0].lr_mult: lr_mult must be greater than 0, found 0; to freeze, say frozen: true\n\n"
-        "rules[1]: a rule selects with match or role; this one has neither",
+        "rules[1]: a rule selects with match, type, role or stage; this one has none",
         id="several-at-once",
     ),
 ]
@@ -299,7 +299,7 @@ def test_the_json_schema_forbids_what_the_plan_forbids():
     schema = Plan.model_json_schema()
     rule = schema["$defs"]["Rule"]
     pattern = {"type": "string", "minLength": 1}
-    role = {"type": "string", "enum": ["head", "norm", "bias"]}
+    role = {"type": "string", "enum": ["head", "stem", "body", "norm", "bias", "pos_embed", "no_weight_decay"]}
 
     def choices(entry):
         return [c for part in entry["anyOf"] for c in choices(part)] if "anyOf" in entry else [entry]
@@ -323,7 +323,8 @@ patterns = st.one_of(
     st.sampled_from([".*", "features", r"blocks\.[0-3]", r".*\.bias", r"(?!head).*", r"a{1,2}"]),
     st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=8).map(re.escape),
 )
-roles = st.sampled_from(["head", "norm", "bias"])
+roles = st.sampled_from(["head", "stem", "body", "norm", "bias", "pos_embed", "no_weight_decay"])
+stages = st.one_of(st.integers(-3, 9), st.sampled_from(["..2", "3..", "1..3", "..-2"]))
 multipliers = st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False)
 decays = st.floats(min_value=0, allow_infinity=False, allow_nan=False)
 rates = st.one_of(st.fixed_dictionaries({"frozen": st.just(True)}), st.fixed_dictionaries({"lr_mult": multipliers}))
@@ -331,8 +332,8 @@ rates = st.one_of(st.fixed_dictionaries({"frozen": st.just(True)}), st.fixed_dic
 
 @st.composite
 def rules(draw):
-    one_or_more = {"match": patterns, "role": roles}
-    selectors = draw(st.lists(st.sampled_from(["match", "role"]), min_size=1, unique=True))
+    one_or_more = {"match": patterns, "type": patterns, "role": roles, "stage": stages}
+    selectors = draw(st.lists(st.sampled_from(["match", "type", "role", "stage"]), min_size=1, unique=True))
     rule = {key: draw(st.lists(one_or_more[key], min_size=1, max_size=3)) for key in selectors}
     others = st.fixed_dictionaries(
         {}, optional={"wd_mult": decays, "mode": st.sampled_from(["eval", "train"]), "reinit": st.booleans()}
