@@ -75,8 +75,8 @@ def apply_plan(
 
     Raises:
         PlanError: If the plan is not valid or does not fit the model.
-        ApplyError: If another plan is live on the model, ``lr``, ``weight_decay`` or ``epochs`` is needed and missing, or
-            a tensor's rate differs between phases and the scheduler is not ``any``.
+        ApplyError: If another plan is live on the model, ``lr``, ``weight_decay`` or ``epochs`` is needed and missing,
+            or a tensor's rate differs between phases and the scheduler is not ``any``.
         ModelError: If ``reinit`` is asked for and the model cannot be created anew.
 
     Warns:
@@ -254,8 +254,8 @@ class AppliedPlan:
         changed = after is not before
         if changed and _world_size() > 1 and not (rewrap or find_unused):
             raise ApplyError(
-                f"phase {after.phase!r} would begin in {_world_size()} processes: gradients of what it thaws would not be "
-                "synchronised, without an error",
+                f"phase {after.phase!r} would begin in {_world_size()} processes: gradients of what it thaws would "
+                "not be synchronised, without an error",
                 notes=[
                     "either: if applied.step(epoch=e, rewrap=True): model = DistributedDataParallel(module)",
                     "or: wrap once with find_unused_parameters=True, and applied.step(epoch=e, find_unused=True)",

@@ -1,4 +1,4 @@
-"""Progress -> phase. A pure function of the epoch and of recorded transitions, so that a resumed run is the same run."""
+"""Progress -> phase: a pure function of the epoch and of recorded transitions, so a resumed run is the same run."""
 
 from __future__ import annotations
 

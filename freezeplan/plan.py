@@ -175,8 +175,8 @@ class Rule(_Data):
     below that module is selected). With a lookaround it is held against the parameter's full name only. A list means
     any of them."""
     type: Annotated[tuple[Pattern, ...], *_patterns] | None = None
-    """Regular expression that must match the whole class name of a module, its own or a base's; it takes that module and
-    all below. A list means any of them."""
+    """Regular expression that must match the whole class name of a module, its own or a base's; it takes that module
+    and all below. A list means any of them."""
     role: Annotated[tuple[Role, ...], *_roles] | None = None
     """What timm knows of the architecture: ``head`` (the classifier), ``stem`` (stage 0), ``body`` (all but the head),
     ``norm`` (normalisation layers), ``bias``, ``pos_embed`` (position embeddings), ``no_weight_decay`` (what timm's
@@ -258,7 +258,7 @@ Until = Annotated[
     Discriminator(
         _until_kind,
         custom_error_type="bad_until",
-        custom_error_message="until is an epoch (3), a percentage ('25%') or a plateau ({{metric: val_loss, patience: 2}})",
+        custom_error_message="until is an epoch (3), a percentage ('25%') or a plateau {metric: val_loss, patience: 2}",
     ),
 ]
 
@@ -306,9 +306,9 @@ class Plan(_Data):
     layer_decay_min_scale: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] | None = None
     """The smallest factor that layer_decay gives, as timm's; in [0, 1], 0 if absent."""
     weight_decay: Literal["timm", "all"] = "timm"
-    """``timm``: biases, tensors of at most one dimension and timm's ``no_weight_decay()`` get none. ``all``: all decay."""
+    """``timm``: biases, tensors of at most one dimension and timm's ``no_weight_decay()`` get none. ``all``: all do."""
     overlap: Literal["first", "error"] = "first"
-    """``first``: the first matching rule wins. ``error``: two rules that set the same thing on one tensor are an error."""
+    """``first``: the first matching rule wins. ``error``: two rules that set one thing on one tensor are an error."""
 
     phases: tuple[Phase, ...] = ()
     """Parts of the training, in order; without any the rules hold throughout."""

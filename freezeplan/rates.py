@@ -1,4 +1,4 @@
-"""The multiplier inside ``optimizer.step()``: exact under every scheduler, because what a scheduler owns is never written.
+"""The multiplier inside ``optimizer.step()``: exact under every scheduler, as what a scheduler owns is never written.
 
 A pre-hook multiplies each group's ``lr`` for the length of one step and a post-hook puts the scheduler's value back.
 """

@@ -15,7 +15,7 @@ from rich.tree import Tree
 
 from freezeplan.errors import FreezePlanError
 from freezeplan.plan import Plan
-from freezeplan.report import Node, count, rule_line, tree
+from freezeplan.report import Node, count, phase_end, rule_line, tree
 from freezeplan.resolve import Resolution
 
 
@@ -49,12 +49,16 @@ def print_resolution(resolution: Resolution, lr: float | None) -> None:
     console.print(Text.assemble((resolution.plan.title, "bold"), " on ", (resolution.model, "bold")))
     if resolution.plan.description:
         console.print(Padding(Text(resolution.plan.description, style="dim"), (0, 0, 0, 2)))
-    console.print()
-    console.print(_tree(tree(resolution)))
-    console.print()
-    for label, style, rows in (("frozen", "cyan", resolution.frozen), ("trainable", "green", resolution.trained)):
-        found = count(rows)
-        console.print(Text.assemble((f"{label:<10}", style), f"{found['elements']:>13,} in {found['tensors']} tensors"))
+    for part in resolution.parts:
+        console.print()
+        if part.phase:
+            console.print(Text.assemble("phase ", (part.phase, "bold"), f" {phase_end(resolution, part)}"))
+        console.print(_tree(tree(part)))
+        console.print()
+        for label, style, rows in (("frozen", "cyan", part.frozen), ("trainable", "green", part.trained)):
+            found = count(rows)
+            size = f"{found['elements']:>13,} in {found['tensors']} tensors"
+            console.print(Text.assemble((f"{label:<10}", style), size))
     console.print()
     console.print(_groups(resolution, lr))
     print_rules(resolution, console)
@@ -63,12 +67,17 @@ def print_resolution(resolution: Resolution, lr: float | None) -> None:
 def print_rules(resolution: Resolution, console: Console | None = None) -> None:
     """Print what each rule matched and decided, what stays random or alive, and the hints."""
     console = console or stdout()
-    console.print()
-    for use in resolution.uses:
-        console.print(Text(rule_line(use, resolution)), soft_wrap=True)
+    for part in resolution.parts:
+        console.print()
+        if part.phase:
+            console.print(Text.assemble("phase ", (part.phase, "bold")))
+        for use in part.uses:
+            console.print(Text(rule_line(use, part)), soft_wrap=True)
+    last = resolution.parts[-1]
     sections: Mapping[str, tuple[str, ...]] = {
-        "stays random while training:": resolution.random,
-        "frozen, but kept in train by a rule; statistics will move:": resolution.alive,
+        "stays random while training:": last.random,
+        "frozen, but kept in train by a rule; statistics will move:": last.alive,
+        "left out by timm's matcher (layer_decay 1, a stage only by their place):": resolution.unplaced,
     }
     for title, lines in sections.items():
         if lines:
@@ -76,7 +85,7 @@ def print_rules(resolution: Resolution, console: Console | None = None) -> None:
             console.print(Text(title, style="yellow"))
             for line in _shorten(lines):
                 console.print(Text(f"  {line}"), soft_wrap=True)
-    for hint in resolution.hints:
+    for hint in dict.fromkeys(hint for part in resolution.parts for hint in part.hints):
         console.print()
         console.print(Text.assemble(("hint: ", "yellow"), hint), soft_wrap=True)
 
@@ -116,8 +125,7 @@ def _groups(resolution: Resolution, lr: float | None) -> Table:
     for title in ("lr" if lr is not None else "lr_mult", "wd_mult", "tensors", "elements"):
         table.add_column(title, justify="right")
     for group in resolution.groups:
-        rate = group.lr_mult if lr is None else group.lr_mult * lr
-        table.add_row(
-            Text(group.name), f"{rate:g}", f"{group.wd_mult:g}", str(len(group.tensors)), f"{group.elements:,}"
-        )
+        rates = ["-" if rate is None else f"{rate if lr is None else rate * lr:g}" for rate in group.rates]
+        shown = "/".join(rates if len(set(rates)) > 1 else rates[:1])
+        table.add_row(Text(group.name), shown, f"{group.wd_mult:g}", str(len(group.tensors)), f"{group.elements:,}")
     return table

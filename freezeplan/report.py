@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from freezeplan.plan import Plateau
 from freezeplan.resolve import Resolution, Row, RuleUse
 
 
@@ -34,6 +35,7 @@ def as_json(resolution: Resolution) -> dict[str, Any]:
             {
                 "name": group.name,
                 "lr_mult": group.lr_mult,
+                "rates": list(group.rates),
                 "wd_mult": group.wd_mult,
                 "tensors": len(group.tensors),
                 "elements": group.elements,
@@ -58,7 +60,17 @@ def as_json(resolution: Resolution) -> dict[str, Any]:
             {"rule": use.number, "text": use.text, "where": use.where, "matched": use.matched, "decided": use.decided}
             for use in resolution.uses
         ],
+        "phases": [
+            {
+                "name": part.phase,
+                "end": phase_end(resolution, part),
+                "frozen": count(part.frozen),
+                "trainable": count(part.trained),
+            }
+            for part in resolution.phases
+        ],
         "hints": list(resolution.hints),
+        "unplaced": list(resolution.unplaced),
         "random": list(resolution.random),
         "alive": list(resolution.alive),
     }
@@ -68,6 +80,16 @@ def count(rows: Iterable[Row]) -> dict[str, int]:
     """Return the number of ``tensors`` and of their ``elements``."""
     rows = list(rows)
     return {"tensors": len(rows), "elements": sum(row.elements for row in rows)}
+
+
+def phase_end(resolution: Resolution, part: Resolution) -> str:
+    """Say when a phase ends: ``until epoch 3``, ``until 50%``, ``until loss is flat for 2 epochs``, ``to the end``."""
+    until = next(phase.until for phase in resolution.plan.phases if phase.name == part.phase)
+    if until is None:
+        return "to the end"
+    if isinstance(until, Plateau):
+        return f"until {until.metric} is flat for {until.patience} epoch{'s' * (until.patience > 1)}"
+    return f"until {until}" if isinstance(until, str) else f"until epoch {until}"
 
 
 def rule_line(use: RuleUse, resolution: Resolution) -> str:

@@ -15,7 +15,7 @@ from functools import cached_property
 from freezeplan.description import Description, Module
 from freezeplan.errors import PlanError, Problem, did_you_mean
 from freezeplan.hints import find_hints
-from freezeplan.plan import Mode, Plan, Rule
+from freezeplan.plan import SELECTORS, Mode, Plan, Rule
 from freezeplan.select import Selection, explain_miss, match_types, select
 
 
@@ -415,7 +415,9 @@ def _dead(plan: Plan, model: Description, index: int, rule: Rule) -> Problem:
         ]
     notes.append("a rule that need not match on every model says optional: true")
     return Problem(
-        what, plan.source.where(("rules", index, "match" if rule.match else "role")), tuple(dict.fromkeys(notes))
+        what,
+        plan.source.where(("rules", index, next(key for key in SELECTORS if getattr(rule, key) is not None))),
+        tuple(dict.fromkeys(notes)),
     )
 
 

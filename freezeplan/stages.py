@@ -79,7 +79,7 @@ def by_features(
 
 
 def beside_head(name: str, head: Collection[str]) -> bool:
-    """Whether a tensor stands in the module that holds the classifier, or in ``pre_logits``: fully connected with it."""
+    """Whether a tensor stands in the module that holds the classifier, or in ``pre_logits``."""
     holders = {tensor.split(".")[0] for tensor in head if tensor.count(".") >= 2}
     parts = name.split(".")
     return parts[0] in holders or "pre_logits" in parts

@@ -284,7 +284,7 @@ class _Named:
 
 
 def _groups(model: nn.Module, ordered: tuple[str, ...], *, coarse: bool) -> dict[str, int] | None:
-    """timm's groups of the tensors, with the group of what its matcher leaves out under ``?``; None without a matcher."""
+    """Return timm's groups, and under ``?`` the one of what its matcher leaves out; None without a matcher."""
     from timm.models import group_parameters
 
     try:

@@ -78,7 +78,18 @@ def test_what_an_applied_plan_offers():
 
 def test_the_keys_of_a_plan():
     """The plan language has these keys; a new one is a change of the language."""
-    assert list(freezeplan.Plan.model_fields) == ["version", "name", "description", "rules", "default", "layer_decay", "layer_decay_min_scale", "weight_decay", "overlap", "phases"]
+    assert list(freezeplan.Plan.model_fields) == [
+        "version",
+        "name",
+        "description",
+        "rules",
+        "default",
+        "layer_decay",
+        "layer_decay_min_scale",
+        "weight_decay",
+        "overlap",
+        "phases",
+    ]
     assert list(freezeplan.Rule.model_fields) == [
         "match",
         "type",

@@ -369,7 +369,9 @@ REFUSED = [
     pytest.param(HEAD_ALONE, {"lr": True}, "lr is a number > 0, found True", id="lr-true"),
     pytest.param(HEAD_ALONE, {"lr": float("nan")}, "lr is a number > 0, found nan", id="lr-nan"),
     pytest.param(HEAD_ALONE, {"weight_decay": -1}, "weight_decay is a number >= 0, found -1", id="weight_decay-below"),
-    pytest.param(HEAD_ALONE, {"scheduler": "tim"}, "scheduler is 'torch', 'timm' or 'any', found 'tim'", id="scheduler"),
+    pytest.param(
+        HEAD_ALONE, {"scheduler": "tim"}, "scheduler is 'torch', 'timm' or 'any', found 'tim'", id="scheduler"
+    ),
 ]
 
 

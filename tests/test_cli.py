@@ -122,7 +122,9 @@ def test_check_a_plan_against_a_model(run):
         "trainable",
         "groups",
         "rules",
+        "phases",
         "hints",
+        "unplaced",
         "random",
         "alive",
     ]

@@ -149,10 +149,14 @@ REJECTED_RULES = [
     ),
     pytest.param(
         {"role": "nrom", "lr_mult": 1},
-        "rules[0].role[0]: role is one of 'head', 'stem', 'body', 'norm', 'bias', 'pos_embed' or 'no_weight_decay', found 'nrom' (text)\n  did you mean 'norm'?",
+        "rules[0].role[0]: role is one of "
+        "'head', 'stem', 'body', 'norm', 'bias', 'pos_embed' or 'no_weight_decay', found 'nrom' (text)\n"
+        "  did you mean 'norm'?",
         id="role-unknown",
     ),
-    pytest.param({"lr_mult": 1}, "rules[0]: a rule selects with match, type, role or stage; this one has none", id="no-selector"),
+    pytest.param(
+        {"lr_mult": 1}, "rules[0]: a rule selects with match, type, role or stage; this one has none", id="no-selector"
+    ),
     pytest.param(
         {"match": "a", "optional": True},
         "rules[0]: a rule sets something: frozen, lr_mult, wd_mult, mode or reinit",
@@ -217,8 +221,10 @@ REJECTED_PLANS = [
         id="default-unknown-key",
     ),
     pytest.param(
-        {"version": 1, "rules": [ALL], "phases": []},
-        "phases: unknown key 'phases'\n  known keys: version, name, description, rules, default",
+        {"version": 1, "rules": [ALL], "seeds": []},
+        "seeds: unknown key 'seeds'\n"
+        "  known keys: version, name, description, rules, default, layer_decay, layer_decay_min_scale, "
+        "weight_decay, overlap, phases",
         id="unknown-key",
     ),
     pytest.param(
@@ -301,6 +307,8 @@ def test_the_json_schema_forbids_what_the_plan_forbids():
     pattern = {"type": "string", "minLength": 1}
     role = {"type": "string", "enum": ["head", "stem", "body", "norm", "bias", "pos_embed", "no_weight_decay"]}
 
+    stage, ranged = {"type": "integer"}, {"type": "string", "pattern": r"^(?:-?\d+|(?:-?\d+)?\.\.(?:-?\d+)?)$"}
+
     def choices(entry):
         return [c for part in entry["anyOf"] for c in choices(part)] if "anyOf" in entry else [entry]
 
@@ -309,7 +317,9 @@ def test_the_json_schema_forbids_what_the_plan_forbids():
     assert schema["required"] == ["version", "rules"]
     assert {key: choices(entry)[:-1] for key, entry in rule["properties"].items() if key != "optional"} == {
         "match": [pattern, {"type": "array", "items": pattern, "minItems": 1}],
+        "type": [pattern, {"type": "array", "items": pattern, "minItems": 1}],
         "role": [role, {"type": "array", "items": role, "minItems": 1}],
+        "stage": [stage, ranged, {"type": "array", "items": {"anyOf": [stage, ranged]}, "minItems": 1}],
         "frozen": [{"const": True, "type": "boolean"}],
         "lr_mult": [{"exclusiveMinimum": 0, "type": "number"}],
         "wd_mult": [{"minimum": 0, "type": "number"}],
