@@ -112,7 +112,7 @@ FORMATS = [
     ),
     pytest.param(
         "plan.json",
-        '\ufeff{"version": 1, "name": "two parts",\r\n"rules":\t[\r\n{"match": "features\\\\.0", "lr_mult":\t2e-1},'
+        '\ufeff\t{"version": 1, "name": "two parts",\r\n"rules":\t[\r\n{"match": "features\\\\.0", "lr_mult":\t2e-1},'
         '\r\n{"match": [".*"], "frozen": true}\t]}',
         id="json-from-windows",
     ),
