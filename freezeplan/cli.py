@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -110,6 +111,60 @@ def check(
     else:
         render.stdout().print(f"{plan}: fits {resolution.model}", soft_wrap=True)
         render.print_rules(resolution)
+
+
+@app.command()
+def why(
+    plan: PlanArgument,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=ModelHelp)],
+    param: Annotated[str, typer.Argument(metavar="PARAM", help="The full name of a parameter.")],
+    num_classes: NumClasses = None,
+    model_arg: ModelArg = None,
+    lr: Annotated[float | None, typer.Option(help="Base learning rate: show the effective one.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say which rule decides about one parameter, where it stands, and which others match."""
+    resolution = _resolve(plan, model, num_classes, model_arg)
+    from freezeplan.explain import explain
+
+    found = explain(resolution, param)
+    if as_json:
+        _print_json(found)
+    else:
+        render.print_explanation(found, lr)
+
+
+@app.command()
+def diff(
+    plan: PlanArgument,
+    other: Annotated[str, typer.Argument(metavar="OTHER", help="Another plan.")],
+    model: Annotated[str, typer.Option(metavar="MODEL", help=ModelHelp)],
+    num_classes: NumClasses = None,
+    model_arg: ModelArg = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what two plans decide differently; exit code 0: nothing, 1: something, 2: they cannot be compared."""
+    from freezeplan.difference import compare
+
+    try:
+        first, second = (_resolve(name, model, num_classes, model_arg) for name in (plan, other))
+        changes = compare(first, second)
+    except FreezePlanError as error:
+        render.print_error(error)
+        raise typer.Exit(2) from None
+    if as_json:
+        _print_json([asdict(change) for change in changes])
+    else:
+        render.print_changes(changes, equal=first.plan == second.plan)
+    raise typer.Exit(1 if changes else 0)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a plan, for editors: point the yaml-language-server at it."""
+    from freezeplan.plan import Plan
+
+    _print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **Plan.model_json_schema()})
 
 
 @app.command()

@@ -5,7 +5,9 @@ Results go to stdout, problems to stderr. Text that a user wrote is printed with
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console, Group
 from rich.padding import Padding
@@ -13,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from freezeplan.difference import Change
 from freezeplan.errors import FreezePlanError
 from freezeplan.plan import Plan
 from freezeplan.report import Node, count, phase_end, rule_line, tree
@@ -88,6 +91,48 @@ def print_rules(resolution: Resolution, console: Console | None = None) -> None:
     for hint in dict.fromkeys(hint for part in resolution.parts for hint in part.hints):
         console.print()
         console.print(Text.assemble(("hint: ", "yellow"), hint), soft_wrap=True)
+
+
+def print_explanation(found: Mapping[str, Any], lr: float | None) -> None:
+    """Print what ``freezeplan.explain.explain`` says of one tensor."""
+    console = stdout()
+    shape = " x ".join(map(str, found["shape"])) or "scalar"
+    console.print(Text.assemble((found["name"], "bold"), f"  {shape}"), soft_wrap=True)
+    if found["aliases"]:
+        console.print(Text(f"also called {', '.join(found['aliases'])}"), soft_wrap=True)
+    console.print(Text(f"group: {found['group'] or 'none, it is never trained'}"), soft_wrap=True)
+    for phase in found["phases"]:
+        console.print()
+        if phase["phase"]:
+            console.print(Text.assemble("phase ", (phase["phase"], "bold")))
+        rate = "frozen" if phase["frozen"] else f"lr x {phase['lr_mult']:g}"
+        if lr is not None and not phase["frozen"]:
+            rate += f" = {lr * phase['lr_mult']:g}"
+        reinit = ", reinit" if phase["reinit"] else ""
+        style = "cyan" if phase["frozen"] else "green"
+        console.print(Text.assemble((rate, style), f", wd x {phase['wd_mult']:g}, {phase['mode']}{reinit}"))
+        for rule in phase["rules"]:
+            decides = f"decides {', '.join(rule['decides'])}" if rule["decides"] else "matches, decides nothing here"
+            where = f"  {rule['where']}" if rule["where"] else ""
+            console.print(Text(f"  rule {rule['rule']} ({rule['text']}) {decides}{where}"), soft_wrap=True)
+        if not any("rate" in rule["decides"] for rule in phase["rules"]):
+            console.print(Text("  the plan's default decides rate"))
+
+
+def print_changes(changes: tuple[Change, ...], *, equal: bool) -> None:
+    """Print what two plans decide differently, or that they are equal or equivalent."""
+    console = stdout()
+    if not changes:
+        console.print("the same plan" if equal else "equivalent: the same decisions for every tensor")
+    for phase, found in itertools.groupby(changes, key=lambda change: change.phase):
+        if phase:
+            console.print(Text.assemble("phase ", (phase, "bold")))
+        for change in found:
+            size = f"  {change.elements:,} in {change.tensors} tensor{'s' * (change.tensors > 1)}"
+            text = Text.assemble(
+                change.name, "  ", (change.before, "red"), " -> ", (change.after, "green"), (size, "dim")
+            )
+            console.print(text, soft_wrap=True)
 
 
 def print_presets(presets: Mapping[str, Plan]) -> None:

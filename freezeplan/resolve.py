@@ -85,6 +85,10 @@ class RuleUse:
     """(number of a rule above, tensors that it decided instead), most first."""
     everything: bool
     """Whether it matches every tensor: a catch-all."""
+    settings: tuple[str, ...] = ()
+    """What it sets: some of ``rate``, ``wd_mult``, ``mode``, ``reinit``."""
+    tensors: tuple[str, ...] = ()
+    """The tensors that it matches."""
 
     @property
     def weak(self) -> bool:
@@ -351,6 +355,8 @@ def _uses(
             modules=sum(module_rules.get(name) == index for name in selection.modules),
             takers=tuple(takers.most_common()),
             everything=len(selection.tensors) == len(model.tensors),
+            settings=rule.settings,
+            tensors=selection.tensors,
         )
 
 

@@ -29,6 +29,8 @@ CORE = [
     "guard",
     "facade",
     "report",
+    "explain",
+    "difference",
     "render",
 ]
 """The core, in the order in which it can be read: each module imports only what stands above it."""
@@ -38,7 +40,21 @@ ORDER = [*CORE, "experiment", "cli", "__main__"]
 ONLY = {"timm": {"zoo"}, "rich": {"render"}, "matplotlib": {"render"}, "typer": set()}
 """Package -> the modules of the core that may import it."""
 
-NO_TORCH = {"errors", "source", "plan", "load", "description", "select", "hints", "resolve", "report", "render"}
+NO_TORCH = {
+    "explain",
+    "difference",
+    "stages",
+    "errors",
+    "source",
+    "plan",
+    "load",
+    "description",
+    "select",
+    "hints",
+    "resolve",
+    "report",
+    "render",
+}
 
 
 def imports(source):

@@ -1,0 +1,67 @@
+"""Why a tensor is what it is: which rule decided, and which others match. Plain data from a Resolution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from freezeplan.errors import ModelError, did_you_mean
+from freezeplan.resolve import Resolution, RuleUse
+
+
+def explain(resolution: Resolution, name: str) -> dict[str, Any]:
+    """Say what a plan does to one tensor and which rules had a say in it.
+
+    Args:
+        resolution: What the plan means for the model.
+        name: A tensor's full name, or one of its aliases.
+
+    Returns:
+        ``name``, ``shape``, ``group`` (None if frozen throughout) and ``phases``: for each one its name, ``frozen``,
+        ``lr_mult``, ``wd_mult``, ``mode``, ``reinit``, and ``rules``: every rule that matches, in order, with its
+        number, text, place, and the settings that it ``decides`` here.
+
+    Raises:
+        ModelError: If the model has no such tensor, with the nearest names.
+
+    Examples:
+        >>> from freezeplan import resolve_plan
+        >>> from freezeplan.zoo import create_model
+        >>> found = explain(resolve_plan("linear_probe", create_model("resnet18", meta=True)), "fc.weight")
+        >>> [(rule["rule"], rule["decides"]) for rule in found["phases"][0]["rules"]]
+        [(1, ['rate']), (2, [])]
+    """
+    rows = {alias: row for row in resolution.rows for alias in (row.name, *row.aliases)}
+    if name not in rows:
+        raise ModelError(f"{resolution.model} has no parameter {name!r}", notes=did_you_mean(name, rows))
+    first = rows[name].name
+    group = next((group.name for group in resolution.groups if first in group.tensors), None)
+    return {
+        "name": first,
+        "aliases": list(rows[name].aliases),
+        "shape": list(rows[name].shape),
+        "group": group,
+        "phases": [_in_phase(part, first) for part in resolution.parts],
+    }
+
+
+def _in_phase(part: Resolution, name: str) -> dict[str, Any]:
+    row = next(row for row in part.rows if row.name == name)
+    return {
+        "phase": part.phase,
+        "frozen": row.frozen,
+        "lr_mult": row.lr_mult,
+        "wd_mult": row.wd_mult,
+        "mode": row.mode,
+        "reinit": row.reinit,
+        "rules": list(_rules(part.uses, name)),
+    }
+
+
+def _rules(uses: Iterable[RuleUse], name: str) -> Iterable[dict[str, Any]]:
+    settled: set[str] = set()
+    for use in uses:
+        if name in use.tensors:
+            decides = [setting for setting in use.settings if setting not in settled]
+            settled.update(decides)
+            yield {"rule": use.number, "text": use.text, "where": use.where, "decides": decides}
