@@ -366,6 +366,16 @@ class Plan(_Data):
         """
         return tuple(self._part(index) for index in range(len(self.phases))) or (self,)
 
+    @property
+    def placed(self) -> tuple[tuple[Loc, Rule], ...]:
+        """Every rule with its place in the plan, those of the phases first."""
+        phased = [
+            (("phases", p, "rules", r), rule)
+            for p, phase in enumerate(self.phases)
+            for r, rule in enumerate(phase.rules)
+        ]
+        return (*phased, *((("rules", index), rule) for index, rule in enumerate(self.rules)))
+
     def _part(self, index: int) -> Plan:
         own = self.phases[index].rules
         places: dict[Loc, Loc] = {("rules", i): ("phases", index, "rules", i) for i in range(len(own))}

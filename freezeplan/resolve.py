@@ -188,10 +188,10 @@ def resolve(plan: Plan, model: Description) -> Resolution:
 
     Raises:
         PlanError: With all problems at once: a rule that matches nothing (not ``optional``) or is shadowed, a role that
-            is not known for this model, a parameter without a rate, ``eval`` against ``train`` in one module, or
-            nothing left to train.
+            is not known for this model, a parameter without a rate, ``eval`` against ``train`` in one module, nothing
+            left to train in some phase, or ``wd_mult`` or ``reinit`` that differs between phases.
     """
-    _check_roles(plan, model)
+    _check_known(plan, model)
     parts = tuple(_decide(part, model) for part in plan.parts)
     problems: list[Problem] = []
     for number, part in enumerate(parts):
@@ -204,8 +204,10 @@ def resolve(plan: Plan, model: Description) -> Resolution:
     views = [part.view() for part in parts]
     if not plan.phases:
         return views[0]
+    _check_lasting(plan, views)
     named = tuple(replace(view, phase=phase.name) for view, phase in zip(views, plan.phases, strict=True))
-    return replace(named[0], plan=plan, phases=named)
+    unplaced = tuple(dict.fromkeys(name for view in views for name in view.unplaced))
+    return replace(named[0], plan=plan, phases=named, unplaced=unplaced)
 
 
 @dataclass(frozen=True)
@@ -360,22 +362,34 @@ def _uses(
         )
 
 
-def _check_roles(plan: Plan, model: Description) -> None:
-    problems = [
-        Problem(f"role {role} is not known: {model.unknown[role]}", plan.source.where(("rules", index, "role")))
-        for index, rule in enumerate(plan.rules)
-        for role in rule.role or ()
-        if role in model.unknown
-    ]
-    problems += [
-        Problem(model.unknown["stage"], plan.source.where(("rules", index, "stage")))
-        for index, rule in enumerate(plan.rules)
-        if rule.stage and "stage" in model.unknown
-    ]
+def _check_known(plan: Plan, model: Description) -> None:
+    """Refuse what a plan asks of a model that nobody knows of it: roles, stages, the order of layers."""
+    problems: list[Problem] = []
+    for loc, rule in plan.placed:
+        problems += [
+            Problem(f"role {role} is not known: {model.unknown[role]}", plan.source.where((*loc, "role")))
+            for role in rule.role or ()
+            if role in model.unknown
+        ]
+        if rule.stage and "stage" in model.unknown:
+            problems.append(Problem(model.unknown["stage"], plan.source.where((*loc, "stage"))))
     if plan.layer_decay is not None and "layer_decay" in model.unknown:
         problems.append(Problem(model.unknown["layer_decay"], plan.source.where(("layer_decay",))))
     if problems:
         raise PlanError(problems)
+
+
+def _check_lasting(plan: Plan, parts: Sequence[Resolution]) -> None:
+    """Refuse phases that disagree on what is settled once: decay stands in the groups, values are drawn at first."""
+    for rows in zip(*(part.rows for part in parts), strict=True):
+        for setting in ("wd_mult", "reinit"):
+            found = {getattr(row, setting) for row in rows}
+            if len(found) > 1:
+                raise PlanError(
+                    f"{setting} of {rows[0].name!r} differs between phases: {', '.join(map(str, sorted(found)))}",
+                    where=plan.source.where(("phases",)),
+                    notes=[f"{setting} is settled once, for all phases: say it in the plan's own rules"],
+                )
 
 
 def _unused(

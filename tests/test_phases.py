@@ -391,3 +391,28 @@ def test_nothing_trainable_is_an_error_in_each_phase_and_lines_are_those_of_the_
         "  did you mean 'layer1', 'layer4', 'layer3'?\n"
         "  a rule that need not match on every model says optional: true"
     )
+
+
+@pytest.mark.parametrize("setting", [{"wd_mult": 0.5}, {"reinit": True}], ids=["wd_mult", "reinit"])
+def test_what_is_settled_once_cannot_differ_between_phases(setting: dict[str, Any]) -> None:
+    """Weight decay stands in the optimizer's groups, and values are drawn at the start."""
+    phases = [{"name": "a", "until": 1, "rules": [{"match": "conv1.0", **setting}]}, {"name": "b"}]
+    (key,) = setting
+    with pytest.raises(PlanError) as error:
+        resolve_plan({"version": 1, "phases": phases, "rules": [ALL]}, small())
+
+    assert str(error.value) == (
+        f"{key} of 'conv1.0.weight' differs between phases: {'0.5, 1.0' if key == 'wd_mult' else 'False, True'}\n"
+        f"  {key} is settled once, for all phases: say it in the plan's own rules"
+    )
+
+
+def test_a_role_that_is_not_known_is_named_in_a_phase_too() -> None:
+    """The rules of phases are checked like the plan's."""
+    phases = [{"name": "a", "until": 1, "rules": [{"role": "stem", "frozen": True}]}, {"name": "b"}]
+    with pytest.raises(PlanError) as error:
+        resolve_plan({"version": 1, "phases": phases, "rules": [ALL]}, nn.Sequential(nn.Linear(2, 2)))
+
+    assert str(error.value) == (
+        "role stem is not known: Sequential is not a timm model, so its stem is not known; select with match or type"
+    )
