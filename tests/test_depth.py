@@ -158,8 +158,8 @@ def test_depth_of_what_is_not_timms_is_not_known() -> None:
         frozen_by(model, {"stage": 1, "frozen": True}, {"role": "stem", "frozen": True})
 
     assert str(error.value) == (
-        "role stem is not known: ResNet is not a timm model, so its stem is not known; select with match or type\n\n"
-        "ResNet is not a timm model, so its stages are not known; select with match or type"
+        "ResNet is not a timm model, so its stages are not known; select with match or type\n\n"
+        "role stem is not known: ResNet is not a timm model, so its stem is not known; select with match or type"
     )
     assert len(frozen_by(model, {"type": "BatchNorm2d", "frozen": True})) == 40
 
