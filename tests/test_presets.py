@@ -60,7 +60,7 @@ REFUSED = [
     pytest.param(
         "frozen_stages_4",
         "resnet50",
-        "frozen_stages_4.yaml:8:6: rule 2 (stage: 5..) matches no parameter of resnet50\n"
+        "frozen_stages_4.yaml:8:13: rule 2 (stage: 5..) matches no parameter of resnet50\n"
         "  resnet50 has a stem (stage 0) and 4 stages\n"
         "  a rule that need not match on every model says optional: true",
         id="no-more-stages",

@@ -34,6 +34,7 @@ def test_a_resolution_as_json():
     )
     found = as_json(resolve_plan(plan, toy()))
     frozen = {"frozen": True, "lr_mult": None, "reinit": False, "aliases": []}
+    rate = {"lr_mult": 0.5, "rates": [0.5]}
     trained = {"frozen": False, "lr_mult": 0.5, "mode": "train", "reinit": True, "rule": 1, "aliases": []}
 
     assert found == {
@@ -42,8 +43,8 @@ def test_a_resolution_as_json():
         "frozen": {"tensors": 3, "elements": 8},
         "trainable": {"tensors": 2, "elements": 9},
         "groups": [
-            {"name": "lr_mult=0.5, wd_mult=2", "lr_mult": 0.5, "wd_mult": 2.0, "tensors": 1, "elements": 6},
-            {"name": "lr_mult=0.5, no decay", "lr_mult": 0.5, "wd_mult": 0.0, "tensors": 1, "elements": 3},
+            {"name": "lr_mult=0.5, wd_mult=2", "wd_mult": 2.0, "tensors": 1, "elements": 6} | rate,
+            {"name": "lr_mult=0.5, no decay", "wd_mult": 0.0, "tensors": 1, "elements": 3} | rate,
         ],
         "tensors": [
             {"name": "body.0.weight", "shape": [2, 2], "wd_mult": 1.0, "mode": "eval", "rule": None} | frozen,
@@ -57,7 +58,9 @@ def test_a_resolution_as_json():
             {"rule": 2, "text": r"match: body\.1", "where": "", "matched": 2, "decided": 2},
             {"rule": 3, "text": "match: stem", "where": "", "matched": 0, "decided": 0},
         ],
+        "phases": [],
         "hints": [],
+        "unplaced": [],
         "random": [],
         "alive": ["body.1"],
     }
