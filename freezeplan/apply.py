@@ -8,7 +8,7 @@ swapped and no hook is registered: hooks on a subtree are passed by when a model
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from freezeplan import names, zoo
+from freezeplan.description import prefixes
 from freezeplan.errors import ApplyError, ModelError
 from freezeplan.resolve import Group, Resolution
 
@@ -191,8 +192,20 @@ def param_groups(
             f"this plan has wd_mult {_listed(decays)}, and no weight_decay was given",
             notes=["apply_plan(model, plan, lr=1e-3, weight_decay=0.05)"],
         )
+    return [
+        _entry(group, named, lr, weight_decay, scheduler)
+        for group, named in zip(resolution.groups, trained(model, resolution), strict=True)
+    ]
+
+
+def trained(model: nn.Module, resolution: Resolution) -> list[list[tuple[str, nn.Parameter]]]:
+    """Return, for each of the resolution's groups, the names of its tensors and the parameters that they are now.
+
+    Raises:
+        ApplyError: If a parameter is gone.
+    """
     live = names.parameters(model)
-    return [_entry(group, live, lr, weight_decay, scheduler) for group in resolution.groups]
+    return [[(name, p) for name in group.tensors for p in _lookup(live, name)] for group in resolution.groups]
 
 
 def _listed(numbers: list[float]) -> str:
@@ -201,12 +214,11 @@ def _listed(numbers: list[float]) -> str:
 
 def _entry(
     group: Group,
-    live: Mapping[str, list[nn.Parameter]],
+    named: list[tuple[str, nn.Parameter]],
     lr: float | None,
     weight_decay: float | None,
     scheduler: Scheduler,
 ) -> dict[str, Any]:
-    named = [(name, parameter) for name in group.tensors for parameter in _lookup(live, name)]
     entry: dict[str, Any] = {
         "params": [parameter for _, parameter in named],
         "param_names": [name for name, _ in named],
@@ -265,7 +277,7 @@ def reinitialise(model: nn.Module, resolution: Resolution, seed: int) -> None:
     for name in wanted:
         for target, value in zip(old[name], new[name], strict=True):
             target.copy_(value)
-    _copy_buffers(model, source, {name for name, rows in _rows_below(resolution).items() if rows <= wanted})
+    _copy_buffers(model, source, {name: rows <= wanted for name, rows in _rows_below(resolution).items()})
 
 
 def _rows_below(resolution: Resolution) -> dict[str, set[str]]:
@@ -273,27 +285,24 @@ def _rows_below(resolution: Resolution) -> dict[str, set[str]]:
     below: dict[str, set[str]] = {}
     for row in resolution.rows:
         for name in (row.name, *row.aliases):
-            while name:
-                name = names.owner(name)
-                below.setdefault(name, set()).add(row.name)
+            for module in ("", *prefixes(name)):
+                below.setdefault(module, set()).add(row.name)
     return below
 
 
-def _copy_buffers(model: nn.Module, source: nn.Module, reinitialised: set[str]) -> None:
-    """Statistics start anew with their module: where all parameters of it, or of the nearest above with any, do."""
+def _copy_buffers(model: nn.Module, source: nn.Module, anew: Mapping[str, bool]) -> None:
+    """Statistics start anew with their module: where all parameters of it, or of the nearest above with any, do.
+
+    ``anew`` says so for each module that has parameters below it.
+    """
     new = names.buffers(source)
-    own = set(_with_parameters(model))
     for name, found in names.buffers(model).items():
         module = names.owner(name)
-        while module and module not in own:
+        while module and module not in anew:
             module = names.owner(module)
-        if module in reinitialised and name in new:
+        if anew.get(module) and name in new:
             for target, value in zip(found, new[name], strict=True):
                 target.copy_(value)
-
-
-def _with_parameters(model: nn.Module) -> Iterable[str]:
-    return (name for name, found in names.modules(model).items() if any(True for m in found for _ in m.parameters()))
 
 
 def _reset(model: nn.Module, wanted: set[str], seed: int) -> nn.Module:

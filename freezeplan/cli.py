@@ -12,9 +12,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 import freezeplan
-from freezeplan import render
+from freezeplan import render, report
+from freezeplan.difference import compare
 from freezeplan.errors import FreezePlanError, MissingExtraError
+from freezeplan.explain import explain
 from freezeplan.load import load_plan, preset_files
+from freezeplan.plan import Plan
 
 app = typer.Typer(
     help="Declarative layer freezing for timm: a plan says what is frozen and what learns how fast.",
@@ -79,9 +82,7 @@ def show(
     """Show what a plan does to a model: frozen, trained at which rate, by which rule. Downloads nothing."""
     resolution = _resolve(plan, model, num_classes, model_arg)
     if as_json:
-        from freezeplan.report import as_json as to_json
-
-        _print_json(to_json(resolution))
+        _print_json(report.as_json(resolution))
     else:
         render.print_resolution(resolution, lr)
 
@@ -105,9 +106,7 @@ def check(
         return
     resolution = _resolve(plan, model, num_classes, model_arg)
     if as_json:
-        from freezeplan.report import as_json as to_json
-
-        _print_json({key: value for key, value in to_json(resolution).items() if key != "tensors"})
+        _print_json({key: value for key, value in report.as_json(resolution).items() if key != "tensors"})
     else:
         render.stdout().print(f"{plan}: fits {resolution.model}", soft_wrap=True)
         render.print_rules(resolution)
@@ -125,8 +124,6 @@ def why(
 ) -> None:
     """Say which rule decides about one parameter, where it stands, and which others match."""
     resolution = _resolve(plan, model, num_classes, model_arg)
-    from freezeplan.explain import explain
-
     found = explain(resolution, param)
     if as_json:
         _print_json(found)
@@ -144,8 +141,6 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Say what two plans decide differently; exit code 0: nothing, 1: something, 2: they cannot be compared."""
-    from freezeplan.difference import compare
-
     try:
         first, second = (_resolve(name, model, num_classes, model_arg) for name in (plan, other))
         changes = compare(first, second)
@@ -162,8 +157,6 @@ def diff(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of a plan, for editors: point the yaml-language-server at it."""
-    from freezeplan.plan import Plan
-
     _print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **Plan.model_json_schema()})
 
 

@@ -92,8 +92,8 @@ def apply_plan(
         >>> model.train().layer1.training
         False
     """
-    _check_number("lr", lr, minimum=0, allowed=False)
-    _check_number("weight_decay", weight_decay, minimum=0, allowed=True)
+    _check_number("lr", lr, zero=False)
+    _check_number("weight_decay", weight_decay, zero=True)
     if scheduler not in ("torch", "timm", "any"):
         raise ApplyError(f"scheduler is 'torch', 'timm' or 'any', found {scheduler!r}")
     inner = names.unwrap(model)
@@ -299,24 +299,19 @@ class AppliedPlan:
                 f"this plan was applied with scheduler={self._scheduler!r}, so its groups are multiplied already",
                 notes=["apply_plan(model, plan, scheduler='any'), then attach"],
             )
-        rates.check_fresh(optimizer, {id(p): name for name, p in self._named()})
+        trained = apply.trained(self.model, self.resolution)
+        rates.check_fresh(optimizer, {id(parameter): name for named in trained for name, parameter in named})
         if self._multiplier is not None:
             self._multiplier.remove()
         self._multiplier = rates.Multiplier(optimizer, self._rates())
 
-    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        live = names.parameters(self.model)
-        return ((name, p) for group in self.resolution.groups for name in group.tensors for p in live[name])
-
     def _rates(self) -> dict[int, float]:
         """``id`` of each live trained parameter -> its multiplier in the phase that holds now."""
         index = phases.phase_at(self.plan.phases, self._progress, self._epochs)
-        live = names.parameters(self.model)
         return {
             id(parameter): group.rates[index] or 1.0  # frozen now: it has no gradient, so its rate has no effect
-            for group in self.resolution.groups
-            for name in group.tensors
-            for parameter in live[name]
+            for group, named in zip(self.resolution.groups, apply.trained(self.model, self.resolution), strict=True)
+            for _, parameter in named
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -392,9 +387,9 @@ def _world_size() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def _check_number(name: str, value: object, *, minimum: float, allowed: bool) -> None:
+def _check_number(name: str, value: object, *, zero: bool) -> None:
     if value is None:
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value < minimum or (value == minimum and not allowed):  # type: ignore[operator]
-        raise ApplyError(f"{name} is a number {'>=' if allowed else '>'} {minimum:g}, found {value!r}")
+    if not number or value < 0 or (value == 0 and not zero):  # type: ignore[operator]
+        raise ApplyError(f"{name} is a number {'>=' if zero else '>'} 0, found {value!r}")

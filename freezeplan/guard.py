@@ -73,10 +73,9 @@ def _module(name: str, resolution: Resolution) -> str:
 
 def take_seal(model: nn.Module, resolution: Resolution, *, copy: bool) -> Seal:
     """Return the digests of what must not move; with ``copy`` also its values, at the cost of their memory."""
-    digests = {name: digest(found) for name, found in still(model, resolution)}
-    if not copy:
-        return Seal(digests)
-    return Seal(digests, {n: tuple(t.detach().clone() for t in found) for n, found in still(model, resolution)})
+    now = dict(still(model, resolution))
+    copies = {name: tuple(tensor.detach().clone() for tensor in found) for name, found in now.items()} if copy else {}
+    return Seal({name: digest(found) for name, found in now.items()}, copies)
 
 
 def digest(tensors: list[Tensor]) -> str:

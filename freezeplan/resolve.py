@@ -75,8 +75,6 @@ class RuleUse:
     """Its selectors, such as ``match: features``."""
     where: str
     """``file:line:column``, as far as known."""
-    matched: int
-    """Tensors that it selects."""
     decided: int
     """Tensors for which it won at least one of its settings."""
     modules: int
@@ -85,10 +83,15 @@ class RuleUse:
     """(number of a rule above, tensors that it decided instead), most first."""
     everything: bool
     """Whether it matches every tensor: a catch-all."""
-    settings: tuple[str, ...] = ()
+    settings: tuple[str, ...]
     """What it sets: some of ``rate``, ``wd_mult``, ``mode``, ``reinit``."""
-    tensors: tuple[str, ...] = ()
+    tensors: tuple[str, ...]
     """The tensors that it matches."""
+
+    @property
+    def matched(self) -> int:
+        """Number of tensors that it matches."""
+        return len(self.tensors)
 
     @property
     def weak(self) -> bool:
@@ -352,7 +355,6 @@ def _uses(
             number=index + 1,
             text=rule.text,
             where=plan.source.where(("rules", index)),
-            matched=len(selection.tensors),
             decided=len(selection.tensors) - takers.total(),
             modules=sum(module_rules.get(name) == index for name in selection.modules),
             takers=tuple(takers.most_common()),
@@ -445,9 +447,10 @@ def _overlaps(plan: Plan, selections: Sequence[Selection]) -> Iterator[Problem]:
     """Under ``overlap: error``: pairs of rules that set the same thing on the same tensors."""
     if plan.overlap == "first":
         return
+    selected = [frozenset(selection.tensors) for selection in selections]
     for late, below in enumerate(plan.rules):
         for early, above in enumerate(plan.rules[:late]):
-            shared = [name for name in selections[late].tensors if name in set(selections[early].tensors)]
+            shared = [name for name in selections[late].tensors if name in selected[early]]
             both = [setting for setting in below.settings if setting in above.settings]
             if shared and both:
                 yield Problem(

@@ -117,6 +117,7 @@ def describe(model: nn.Module) -> Description:
     modules = tuple(_modules(model))
     head = _head(model, first_name)
     norms = frozenset(_norms(model, first_name))
+    listed = frozenset(_listed(model, tensors))
     ordered = tuple(tensor.name for tensor in tensors)
     classifier = frozenset() if isinstance(head, str) else head
     depth = _depth(model, ordered, modules, classifier)
@@ -133,7 +134,7 @@ def describe(model: nn.Module) -> Description:
         roles={
             "norm": norms,
             "bias": frozenset(t.name for t in tensors if _BIAS.fullmatch(t.name.rpartition(".")[2])),
-            "no_weight_decay": frozenset(_listed(model, tensors)),
+            "no_weight_decay": listed,
             "pos_embed": frozenset(name for name in ordered if _POSITION.search(name)),
             "stem": frozenset(name for name, stage in depth.stages.items() if stage == 0),
             "body": frozenset(ordered) - classifier,
@@ -143,14 +144,29 @@ def describe(model: nn.Module) -> Description:
         stages=depth.stages,
         exponents=depth.exponents,
         unplaced=depth.unplaced,
-        no_decay=frozenset(_no_decay(model, tensors)),
+        no_decay=frozenset(_no_decay(tensors, listed)),
     )
 
 
 def title(model: nn.Module) -> str:
     """Return what the model is called in reports: timm's architecture, or the class."""
-    architecture = model.pretrained_cfg.get("architecture") if is_timm(model) else None  # type: ignore[operator,union-attr]
-    return str(architecture or type(model).__name__)
+    return str(_config(model).get("architecture") or type(model).__name__)
+
+
+def _config(model: nn.Module) -> Mapping[str, Any]:
+    """Return timm's configuration of a model; empty for others."""
+    return cast(Mapping[str, Any], model.pretrained_cfg) if is_timm(model) else {}
+
+
+def _entries(model: nn.Module, key: str) -> tuple[str, ...]:
+    """The module names under a key of timm's configuration, which holds one name, a list of them, or nothing."""
+    entry = _config(model).get(key) or ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _first_conv(model: nn.Module) -> str:
+    """Name of the first convolution; empty where timm names none."""
+    return next(iter(_entries(model, "first_conv")), "")
 
 
 def _shape(parameters: list[nn.Parameter]) -> tuple[int, ...]:
@@ -225,11 +241,8 @@ def _flatten(classifier: Any) -> Iterator[nn.Module]:
 
 def _configured(model: nn.Module) -> Iterator[nn.Module]:
     """The modules that timm's configuration calls classifier: volo's ``aux_head`` is in no ``get_classifier``."""
-    entry = model.pretrained_cfg.get("classifier") if is_timm(model) else None  # type: ignore[operator,union-attr]
     live = dict(model.named_modules())
-    for name in (entry,) if isinstance(entry, str) else entry or ():
-        if name in live:
-            yield live[name]
+    yield from (live[name] for name in _entries(model, "classifier") if name in live)
 
 
 def _norms(model: nn.Module, first_name: Mapping[int, str]) -> Iterator[str]:
@@ -248,9 +261,8 @@ def _norms(model: nn.Module, first_name: Mapping[int, str]) -> Iterator[str]:
                 yield names.canonical_module(name, called_module)
 
 
-def _no_decay(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[str]:
+def _no_decay(tensors: Iterable[Tensor], listed: frozenset[str]) -> Iterator[str]:
     """As ``timm.optim.param_groups_weight_decay``: at most one dimension, ``.bias``, or in ``no_weight_decay()``."""
-    listed = frozenset(_listed(model, tensors))
     for tensor in tensors:
         if len(tensor.shape) <= 1 or tensor.name.endswith(".bias") or tensor.name in listed:
             yield tensor.name
@@ -300,16 +312,13 @@ def _depth(model: nn.Module, ordered: tuple[str, ...], described: tuple[Module, 
         return _Depth({}, {}, ())
     coarse, fine = _groups(model, ordered, coarse=True), _groups(model, ordered, coarse=False)
     left_out = frozenset(name for name in ordered if fine and fine[name] == fine[_Named.unknown])
-    config: Any = model.pretrained_cfg
     if coarse and not _single_layers(coarse):
         unmatched = frozenset(name for name in ordered if coarse[name] == coarse[_Named.unknown])
         found = stages.by_groups({name: coarse[name] for name in ordered}, unmatched, head)
     else:
         order = {name: index for index, module in enumerate(described) for name in module.names}
         taps = [str(tap["module"]) for tap in getattr(model, "feature_info", ()) or ()]
-        first = config.get("first_conv") or ""
-        first = first if isinstance(first, str) else next(iter(first), "")
-        found = stages.by_features(ordered, order, taps, first, head)
+        found = stages.by_features(ordered, order, taps, _first_conv(model), head)
     if fine:
         layers = {name: fine[name] for name in ordered}
     else:
@@ -346,11 +355,11 @@ def fresh(model: nn.Module, seed: int) -> nn.Module:
     model = names.unwrap(model)
     if not is_timm(model):
         raise ModelError(f"{title(model)} is not a timm model, so it cannot be created anew")
-    config: Any = model.pretrained_cfg
+    config = _config(model)
     arguments: dict[str, Any] = {}
     if hasattr(model, "num_classes"):
         arguments["num_classes"] = model.num_classes
-    channels = getattr(model, "in_chans", None) or _input_channels(model, config)
+    channels = getattr(model, "in_chans", None) or _input_channels(model)
     if channels and channels != config.get("input_size", (3,))[0]:
         arguments["in_chans"] = channels
     size = _image_size(model, config)
@@ -361,7 +370,7 @@ def fresh(model: nn.Module, seed: int) -> nn.Module:
         return create_model(str(config["architecture"]), **arguments)
 
 
-def _image_size(model: nn.Module, config: Any) -> tuple[int, int] | None:
+def _image_size(model: nn.Module, config: Mapping[str, Any]) -> tuple[int, int] | None:
     """The size in pixels that the model was made for, if that is not the architecture's own."""
     import timm
 
@@ -371,7 +380,5 @@ def _image_size(model: nn.Module, config: Any) -> tuple[int, int] | None:
     return None if own is None or size == tuple(own.input_size[1:]) else size
 
 
-def _input_channels(model: nn.Module, config: Any) -> int | None:
-    first = config.get("first_conv")
-    module = dict(model.named_modules()).get(first if isinstance(first, str) else next(iter(first or ()), ""))
-    return getattr(module, "in_channels", None)
+def _input_channels(model: nn.Module) -> int | None:
+    return getattr(dict(model.named_modules()).get(_first_conv(model)), "in_channels", None)

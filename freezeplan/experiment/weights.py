@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import freezeplan.experiment.model  # noqa: F401  # registers the lecture's VGG16
 from freezeplan.errors import ModelError, WeightsError
-from freezeplan.zoo import create_model, describe, is_timm
+from freezeplan.zoo import create_model, describe, is_timm, title
 
 LECTURE = {"vgg16": "vgg16_fc256", "vgg16_fc256": "vgg16_fc256", "vgg16_slim_fc256": "vgg16_slim_fc256"}
 """Models with the lecture's head: name -> the architecture that is built. They take ``features.*`` from weights."""
@@ -163,9 +163,8 @@ def load_into(
         expected, found = own.get(name), given.get(name)
         floating = any(tensor is not None and tensor.is_floating_point() for tensor in (expected, found))
         if floating and _shape(expected) != _shape(found):
-            title = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
             raise WeightsError(
-                f"these are weights of another architecture than {title}",
+                f"these are weights of another architecture than {title(model)}",
                 where=origin,
                 notes=[f"the first tensor that differs is {name}: expected {_shape(expected)}, found {_shape(found)}"],
             )
