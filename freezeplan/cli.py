@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +17,7 @@ from freezeplan import render, report
 from freezeplan.difference import compare
 from freezeplan.errors import FreezePlanError, MissingExtraError
 from freezeplan.explain import explain
-from freezeplan.load import load_plan, preset_files
+from freezeplan.load import load_plan, load_presets
 from freezeplan.plan import Plan
 
 app = typer.Typer(
@@ -44,7 +45,9 @@ BATCH_SIZE = "32; sample: 16"
 def main() -> None:
     """Run the command line; a user's mistake is printed and never a traceback."""
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = render.print_warning
+            app()
     except FreezePlanError as error:
         render.print_error(error)
         sys.exit(1)
@@ -162,8 +165,8 @@ def schema() -> None:
 
 @app.command()
 def presets(as_json: AsJson = False) -> None:
-    """List the plans that ship with freezeplan."""
-    found = {name: load_plan(name) for name in preset_files()}
+    """List the plans that ship with freezeplan, and those that installed packages add."""
+    found = load_presets()
     if as_json:
         _print_json({name: plan.model_dump(mode="json", exclude_defaults=True) for name, plan in found.items()})
     else:

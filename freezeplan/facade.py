@@ -116,8 +116,7 @@ def apply_plan(
     inner.__dict__[_ATTRIBUTE] = handle
     for use in resolution.uses:
         if use.weak:
-            message = f"rule {use.number} ({use.text}) matched {use.matched} tensors and decided {use.decided}"
-            warnings.warn(": ".join(filter(None, (use.where, message))), FreezePlanWarning, stacklevel=2)
+            warnings.warn(": ".join(filter(None, (use.where, use.warning))), FreezePlanWarning, stacklevel=2)
     return handle
 
 

@@ -6,9 +6,10 @@ from collections.abc import Collection, Iterator, Mapping
 
 from freezeplan.description import Description
 from freezeplan.plan import Plan
-from freezeplan.select import escaped, match_tensors
+from freezeplan.select import escaped, match_tensors, match_types
 
 _TINY = 0.01
+_CONTAINERS = frozenset({"Sequential", "ModuleList", "ModuleDict"})
 
 
 def find_hints(
@@ -29,7 +30,12 @@ def find_hints(
         >>> find_hints(plan, toy, {"fc.weight": 0.0001}, ())[0]
         'every lr_mult is below 0.01: it multiplies lr; for a rate of 1e-4 at lr 5e-4 write 0.2'
     """
-    return (*_tiny(lr_mult), *_bare_dots(plan, model), *_head_alone(plan, model, frozen))
+    return (
+        *_tiny(lr_mult),
+        *_bare_dots(plan, model),
+        *_containers(plan, model),
+        *_head_alone(plan, model, frozen),
+    )
 
 
 def _tiny(lr_mult: Mapping[str, float]) -> Iterator[str]:
@@ -41,6 +47,8 @@ def _bare_dots(plan: Plan, model: Description) -> Iterator[str]:
     for index, rule in enumerate(plan.rules):
         for pattern in rule.match or ():
             strict = escaped(pattern)
+            if pattern.endswith(".") and strict.endswith(r"\."):
+                strict = strict.removesuffix(r"\.")  # meant as a prefix; a module's name takes all below
             if strict == pattern:
                 continue
             loose, exact = match_tensors([pattern], model), match_tensors([strict], model)
@@ -51,6 +59,19 @@ def _bare_dots(plan: Plan, model: Description) -> Iterator[str]:
                     f"a bare '.' matches any character: '{pattern}' "
                     f"selects {len(loose)} tensors, '{extra}' among them; '{strict}' selects {len(exact)}"
                 )
+
+
+def _containers(plan: Plan, model: Description) -> Iterator[str]:
+    for index, rule in enumerate(plan.rules):
+        found = match_types(rule.type or (), model)
+        holders = [m for m in model.modules if m.name in found and m.types[0] in _CONTAINERS]
+        if holders:
+            tensors = frozenset().union(*(model.below[module.name] for module in holders))
+            where = repr(holders[0].name) + (f" and {len(holders) - 1} others" if holders[1:] else "")
+            yield (
+                f"rule {index + 1}{plan.source.line(('rules', index))}: {holders[0].types[0]} is a container; the rule "
+                f"takes all {len(tensors)} tensors below {where}, whatever the class of what owns them"
+            )
 
 
 def _head_alone(plan: Plan, model: Description, frozen: Collection[str]) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """File, preset or dict -> Plan. Every mistake of a file is reported at once, each with ``file:line:column``.
 
-YAML 1.2 and JSON carry positions down to the value (ruamel.yaml); TOML gives the path inside the plan instead. Nothing
-here imports torch.
+YAML 1.2 and JSON carry positions down to the value (ruamel.yaml), TOML down to the key. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ import io
 import json
 import re
 import tomllib
+import warnings
 from collections.abc import Iterator, Mapping
-from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,11 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError
 
-from freezeplan.errors import PlanError, Problem, did_you_mean
+from freezeplan import catalogue
+from freezeplan.errors import FreezePlanWarning, PlanError, Problem, did_you_mean
 from freezeplan.plan import Plan, Rate, Rule
 from freezeplan.source import Loc, Source, loc_text
+from freezeplan.toml_places import toml_places
 
 PlanLike = Plan | Mapping[str, Any] | str | Path
 """What every function that takes a plan accepts: a Plan, a dict, a path, or the name of a preset."""
@@ -66,30 +67,43 @@ def load_plan(plan: PlanLike) -> Plan:
     path = Path(plan)
     if path.suffix.lower() in _SUFFIXES:
         return _parse(_read(path), path.suffix.lower(), str(plan))
-    presets = preset_files()
-    if str(plan) not in presets:
-        notes = did_you_mean(str(plan), presets) or (f"presets: {', '.join(presets)}",)
-        notes += (f"a plan file ends in one of {' '.join(_SUFFIXES)}",)
-        raise PlanError(f"no preset is called {str(plan)!r}", notes=notes)
-    return _parse(presets[str(plan)].read_text(encoding="utf-8"), ".yaml", f"{plan}.yaml")
+    name = str(plan)
+    presets = catalogue.shipped()
+    if name in presets:
+        return _parse(presets[name].read_text(encoding="utf-8"), ".yaml", f"{name}.yaml")
+    added = catalogue.added()
+    if name in added:
+        return _from_package(added[name])
+    notes = did_you_mean(name, [*presets, *added]) or (f"presets: {', '.join([*presets, *added])}",)
+    notes += (f"a plan file ends in one of {' '.join(_SUFFIXES)}",)
+    raise PlanError(f"no preset is called {name!r}", notes=notes)
 
 
-def preset_files() -> dict[str, Traversable]:
-    """Return the presets that ship with the package: name -> file, in alphabetical order.
+def load_presets() -> dict[str, Plan]:
+    """Return every preset by name: those that ship, then those that other packages add.
+
+    Warns:
+        FreezePlanWarning: Where another package's plan cannot be read; the rest is returned.
 
     Examples:
-        >>> "voc_vgg16/frozen_convs" in preset_files()
-        True
+        >>> load_presets()["linear_probe"].rules[0].role
+        ('head',)
     """
+    found = {name: load_plan(name) for name in catalogue.shipped()}
+    for name, file in catalogue.added().items():
+        try:
+            found[name] = _from_package(file)
+        except PlanError as error:
+            warnings.warn(f"preset {name!r} is left out: {error}", FreezePlanWarning, stacklevel=2)
+    return found
 
-    def walk(folder: Traversable, prefix: str) -> Iterator[tuple[str, Traversable]]:
-        for entry in folder.iterdir():
-            if entry.is_dir():
-                yield from walk(entry, f"{prefix}{entry.name}/")
-            elif entry.name.endswith(".yaml"):
-                yield f"{prefix}{entry.name.removesuffix('.yaml')}", entry
 
-    return dict(sorted(walk(resources.files("freezeplan") / "presets", "")))
+def _from_package(file: Traversable) -> Plan:
+    """Read another package's plan; its errors name the file."""
+    try:
+        return _parse(file.read_text(encoding="utf-8"), ".yaml", str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"cannot be read: {error}", where=str(file)) from None
 
 
 def _read(path: Path) -> str:
@@ -107,7 +121,7 @@ def _read(path: Path) -> str:
 def _parse(text: str, suffix: str, name: str) -> Plan:
     if suffix == ".toml":
         try:
-            return _validate(tomllib.loads(text), Source(name))
+            return _validate(tomllib.loads(text), Source(name, dict(_toml_positions(text))))
         except tomllib.TOMLDecodeError as error:
             message, _, place = str(error).partition(" (at line ")
             line, _, column = place.rstrip(")").partition(", column ")
@@ -186,6 +200,13 @@ def _positions(node: Any, loc: Loc) -> Iterator[tuple[Loc, tuple[int, int]]]:
             yield from _positions(value, (*loc, index))
 
 
+def _toml_positions(text: str) -> Iterator[tuple[Loc, tuple[int, int]]]:
+    yield (), (1, 1)
+    for loc, key, value in toml_places(text):
+        yield loc, value
+        yield (*loc, _KEY), key
+
+
 _KEY = "<key>"
 
 
@@ -227,11 +248,25 @@ def _problem(source: Source, error: Any) -> Problem:
         message = f"{_named(loc)} {_EXPECTED[kind].format(**error.get('ctx', {}))}, found {_found(found)}"
     else:
         message = error["msg"]
+        notes = _stage_notes(found) if kind == "bad_stage" else ()
     where = source.where(loc)
     place = loc_text(tuple(part for part in loc if part != _KEY))
     if not source.positions:
         where = ": ".join(filter(None, (source.file, place)))
     return Problem(message, where, notes)
+
+
+def _stage_notes(found: object) -> tuple[str, ...]:
+    """Say how a stage is written that was given as a comparison; a bare ``>2`` begins a block of text in YAML."""
+    text = str(found)
+    comparison = re.fullmatch(r"([<>])(=?)\s*(\d+)", text)
+    if comparison:
+        sign, equal, number = comparison.groups()
+        bound = int(number) + (0 if equal else 1 if sign == ">" else -1)
+        return (f"write {bound}.." if sign == ">" else f"write ..{bound}",)
+    if not text.strip():
+        return ("in YAML a > or | without quotes begins a block of text; for all behind stage 2 write 3..",)
+    return ()
 
 
 _EXPECTED = {

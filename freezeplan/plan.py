@@ -156,7 +156,7 @@ class Rate(_Data):
     @model_validator(mode="after")
     def _exactly_one(self) -> Rate:
         if (self.frozen is None) == (self.lr_mult is None):
-            raise PydanticCustomError("default_rate", "default is exactly {{frozen: true}} or {{lr_mult: x}}")
+            raise PydanticCustomError("default_rate", "default is exactly {frozen: true} or {lr_mult: x}")
         return self
 
 

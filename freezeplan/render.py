@@ -46,6 +46,11 @@ def print_error(error: FreezePlanError) -> None:
             console.print(Text(f"  {note}"), soft_wrap=True)
 
 
+def print_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning to stderr without the place in the code that gave it; stands in for ``warnings.showwarning``."""
+    stderr().print(Text.assemble(("warning: ", "bold yellow"), str(message)), soft_wrap=True)
+
+
 def print_resolution(resolution: Resolution, lr: float | None) -> None:
     """Print what a plan means for a model: the tree of decisions, rules, groups, what stays random, hints."""
     console = stdout()

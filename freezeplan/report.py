@@ -100,7 +100,7 @@ def rule_line(use: RuleUse, resolution: Resolution) -> str:
         >>> from freezeplan.zoo import create_model
         >>> found = resolve_plan("linear_probe", create_model("resnet18", num_classes=10, meta=True))
         >>> rule_line(found.uses[1], found)
-        'rule 2 (match: .*) matched 62, decided 60; 2 were decided by rule 1, line 7'
+        'rule 2 (match: .*) matched 62, decided 60; 2 were decided by rule 1, line 8'
     """
     line = f"rule {use.number} ({use.text}) matched {use.matched}, decided {use.decided}"
     if use.modules:

@@ -16,7 +16,7 @@ from freezeplan.description import Description, Module
 from freezeplan.errors import PlanError, Problem, did_you_mean
 from freezeplan.hints import find_hints
 from freezeplan.plan import SELECTORS, Mode, Plan, Rule
-from freezeplan.select import Selection, explain_miss, match_types, select
+from freezeplan.select import ROOT_NOTE, Selection, explain_miss, match_types, names_root, select
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,17 @@ class RuleUse:
     def matched(self) -> int:
         """Number of tensors that it matches."""
         return len(self.tensors)
+
+    @property
+    def warning(self) -> str:
+        """The sentence about a weak rule; empty if it is not."""
+        if not self.weak:
+            return ""
+        above = ", ".join(f"rule {number} ({count})" for number, count in self.takers)
+        return (
+            f"rule {self.number} ({self.text}) matched {self.matched} tensors and decided {self.decided}; the first "
+            f"matching rule wins, so the others went to {above}: to let it decide them, move it up"
+        )
 
     @property
     def weak(self) -> bool:
@@ -202,7 +213,8 @@ def resolve(plan: Plan, model: Description) -> Resolution:
         problems += [problem for index, problem in part.unused.items() if index < own]
     problems += _unused_in_all(plan, parts)
     problems += [problem for part in parts for problem in part.problems]
-    if problems:
+    # Where a rule is dead or shadowed, what it would have trained is not known: that is said first.
+    if problems := problems or list(_idle(plan, model, parts)):
         raise PlanError(dict.fromkeys(problems))
     views = [part.view() for part in parts]
     if not plan.phases:
@@ -220,6 +232,8 @@ class _Decided:
     problems: tuple[Problem, ...]
     unused: Mapping[int, Problem]
     """Index of a rule that decides nothing -> what to say of it."""
+    trains: bool
+    """Whether anything is left to train."""
     view: Callable[[], Resolution]
 
 
@@ -232,6 +246,18 @@ def _unused_in_all(plan: Plan, parts: Sequence[_Decided]) -> Iterator[Problem]:
             yield found[-1]
 
 
+def _idle(plan: Plan, model: Description, parts: Sequence[_Decided]) -> Iterator[Problem]:
+    """The parts that leave nothing to train."""
+    for number, part in enumerate(parts):
+        if not part.trains:
+            phase = f" in phase {plan.phases[number].name!r}" if plan.phases else ""
+            yield Problem(
+                f"every parameter of {model.model} is frozen{phase}; nothing is left to train",
+                plan.source.where(("phases", number) if plan.phases else ("rules",)),
+                ("give what shall learn a rule above, such as {role: head, lr_mult: 1}",),
+            )
+
+
 def _decide(plan: Plan, model: Description) -> _Decided:
     """Decide one part of a plan, without phases."""
     selections = [select(rule, model) for rule in plan.rules]
@@ -241,17 +267,13 @@ def _decide(plan: Plan, model: Description) -> _Decided:
     rates = {tensor.name: _rate(plan, winners["rate"].get(tensor.name)) for tensor in model.tensors}
     unused = dict(_unused(plan, model, selections, uses))
     problems = [*_uncovered(plan, rates), *_overlaps(plan, selections)]
-    dead = any(plan.rules[index].settings != ("mode",) for index in unused)  # what it would have trained is not known
-    if not problems and not dead and all(frozen for frozen, _ in filter(None, rates.values())):
-        problems.append(
-            Problem(
-                f"every parameter of {model.model} is frozen; nothing is left to train",
-                plan.source.where(("rules",)),
-                ("give what shall learn a rule above, such as {role: head, lr_mult: 1}",),
-            )
-        )
     modes_by_rule, conflicts = _decided_modes(plan, model, winners["mode"], module_rules)
-    return _Decided((*problems, *conflicts), unused, lambda: _view(plan, model, winners, rates, modes_by_rule, uses))
+    return _Decided(
+        problems=(*problems, *conflicts),
+        unused=unused,
+        trains=any(not frozen for frozen, _ in filter(None, rates.values())),
+        view=lambda: _view(plan, model, winners, rates, modes_by_rule, uses),
+    )
 
 
 def _view(
@@ -292,7 +314,7 @@ def _view(
         rows=rows,
         modes=modes,
         uses=uses,
-        hints=find_hints(plan, model, trained, frozen),
+        hints=(*(use.warning for use in uses if use.weak), *find_hints(plan, model, trained, frozen)),
         random=tuple(
             f"{m.name or model.model}: {m.random}" for m in model.modules if m.random and modes[m.name] == "train"
         ),
@@ -431,10 +453,13 @@ def _dead(plan: Plan, model: Description, index: int, rule: Rule) -> Problem:
         stem = "a stem (stage 0)" if 0 in model.stages.values() else "no stem"
         notes.append(f"{model.model} has {stem} and {model.last_stage} stages")
     if rule.type and not match_types(rule.type, model):
-        classes = {name for module in model.modules for name in module.types}
-        notes += [note for pattern in rule.type for note in did_you_mean(pattern, classes)] or [
-            f"classes of {model.model}: {', '.join(sorted({m.types[0] for m in model.modules if model.own[m.name]}))}"
-        ]
+        classes = {name for module in model.modules if module.name for name in module.types}
+        owners = sorted({module.types[0] for module in model.modules if model.own[module.name]})
+        notes += (
+            [ROOT_NOTE.format(pattern) for pattern in rule.type if names_root([pattern], model)]
+            or [note for pattern in rule.type for note in did_you_mean(pattern, classes)]
+            or [f"classes of {model.model}: {', '.join(owners)}"]
+        )
     notes.append("a rule that need not match on every model says optional: true")
     return Problem(
         what,

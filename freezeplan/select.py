@@ -90,6 +90,19 @@ def match_types(patterns: Iterable[str], model: Description) -> set[str]:
     }
 
 
+ROOT_NOTE = "{!r} names the model itself, which is no candidate: .* takes everything"
+
+
+def _root(model: Description) -> tuple[str, ...]:
+    """The class names of the model itself."""
+    return next((module.types for module in model.modules if not module.name), ())
+
+
+def names_root(patterns: Iterable[str], model: Description) -> bool:
+    """Whether any pattern matches the whole name of the model's own class, or of a base."""
+    return any(re.fullmatch(pattern, name) for pattern in patterns for name in _root(model))
+
+
 def stage_numbers(text: str, last: int) -> range:
     """Return the stages that an integer or a range means in a model whose last stage is ``last``.
 
@@ -145,6 +158,8 @@ def explain_miss(pattern: str, model: Description) -> tuple[str, ...]:
     At most three nearest names; the top level of the model when nothing is near.
     """
     regex = re.compile(pattern)
+    if any(regex.fullmatch(name) for name in (model.model, *_root(model))):
+        return (ROOT_NOTE.format(pattern),)
     empty = [module for module in model.modules if module.name and regex.fullmatch(module.name)]
     if empty:
         return (f"{empty[0].name!r} is a module without parameters ({empty[0].types[0]})",)

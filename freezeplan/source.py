@@ -38,7 +38,7 @@ class Source:
     file: str = field(default="", compare=False)
     """The file as the user named it, or a preset's name; empty for a plan built in Python."""
     positions: Mapping[Loc, tuple[int, int]] = field(default_factory=dict, compare=False)
-    """(line, column), both from 1, of the parts that have one: none in TOML."""
+    """(line, column), both from 1, of the parts that have one."""
 
     def where(self, loc: Loc) -> str:
         """Return ``file:line:column`` of ``loc`` or of the nearest part above it that has a position."""

@@ -500,7 +500,10 @@ def test_a_rule_that_decides_little_is_warned_of(toy, tmp_path, monkeypatch):
     with pytest.warns(FreezePlanWarning) as from_file:
         apply_plan(toy, "plan.yaml")
 
-    text = "rule 2 (match: [body, head.bias]) matched 5 tensors and decided 1"
+    text = (
+        "rule 2 (match: [body, head.bias]) matched 5 tensors and decided 1; the first matching rule wins, so the "
+        "others went to rule 1 (4): to let it decide them, move it up"
+    )
     assert [str(warning.message) for warning in from_data] == [text]
     assert [str(warning.message) for warning in from_file] == [f"plan.yaml:4:5: {text}"]
     assert from_file[0].filename == __file__

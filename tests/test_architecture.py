@@ -15,6 +15,8 @@ CORE = [
     "errors",
     "source",
     "plan",
+    "toml_places",
+    "catalogue",
     "load",
     "description",
     "select",
@@ -41,6 +43,8 @@ ONLY = {"timm": {"zoo"}, "rich": {"render"}, "matplotlib": {"render"}, "typer": 
 """Package -> the modules of the core that may import it."""
 
 NO_TORCH = {
+    "toml_places",
+    "catalogue",
     "explain",
     "difference",
     "stages",

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import freezeplan
+from freezeplan.catalogue import shipped
 from freezeplan.cli import main
-from freezeplan.load import load_plan, preset_files
+from freezeplan.load import load_plan
 from freezeplan.report import as_json
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -109,8 +110,8 @@ def test_check_a_plan_against_a_model(run):
         "\n"
         "rule 1 (role: head) matched 2, decided 2\n"
         "rule 2 (match: pre_logits) matched 4, decided 4\n"
-        "rule 3 (match: .*) matched 32, decided 26; 4 were decided by rule 2, line 7; "
-        "2 were decided by rule 1, line 6\n",
+        "rule 3 (match: .*) matched 32, decided 26; 4 were decided by rule 2, line 8; "
+        "2 were decided by rule 1, line 7\n",
         "",
     )
     code, out, _ = run("check", "voc_vgg16/frozen_convs", "vgg16", "--json")
@@ -137,7 +138,7 @@ def test_presets(run, golden):
     golden(GOLDEN / "presets.txt", without_trailing_spaces(out))
     assert (code, err) == (0, "")
     found = json.loads(run("presets", "--json")[1])
-    assert {name: load_plan(plan) for name, plan in found.items()} == {n: load_plan(n) for n in preset_files()}
+    assert {name: load_plan(plan) for name, plan in found.items()} == {n: load_plan(n) for n in shipped()}
 
 
 PROBLEMS = [
@@ -169,7 +170,7 @@ PROBLEMS = [
     ),
     pytest.param(
         ["show", "linear_probe", "test_resnet", "--num-classes", "0"],
-        "error: linear_probe.yaml:7:12: role head is not known: the classifier of test_resnet has no parameters; "
+        "error: linear_probe.yaml:8:12: role head is not known: the classifier of test_resnet has no parameters; "
         "create the model with num_classes greater than 0\n",
         id="no-classifier",
     ),

@@ -93,7 +93,7 @@ def test_the_first_three_stages() -> None:
         ("..-3", {"conv1", "bn1", "layer1", "layer2"}),
         ([1, -1], {"layer1", "layer4"}),
     ],
-    ids=str,
+    ids=lambda value: "+".join(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_ways_to_write_a_stage(stage: Any, parts: set[str]) -> None:
     """An integer, a range with open ends, from the top, and a list of them."""
@@ -134,7 +134,7 @@ REFUSED = [
     ),
     pytest.param(
         {"stage": ">2", "frozen": True},
-        "rules[0].stage[0]: stage is an integer or a range, 2, -1, 1..3, ..2 or 3.., found '>2'",
+        "rules[0].stage[0]: stage is an integer or a range, 2, -1, 1..3, ..2 or 3.., found '>2'\n  write 3..",
         id="stage",
     ),
 ]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import freezeplan
 from freezeplan import Plan, cli, resolve_plan
 from freezeplan.difference import compare
 from freezeplan.errors import ModelError, PlanError
@@ -32,12 +34,12 @@ def test_why_names_the_rule_its_place_and_the_rules_behind_it() -> None:
         "\n"
         "phase head\n"
         "frozen, wd x 0, eval\n"
-        "  rule 1 (role: body) decides rate  head_then_all.yaml:10:9\n"
-        "  rule 2 (match: .*) matches, decides nothing here  head_then_all.yaml:13:5\n"
+        "  rule 1 (role: body) decides rate  head_then_all.yaml:11:9\n"
+        "  rule 2 (match: .*) matches, decides nothing here  head_then_all.yaml:14:5\n"
         "\n"
         "phase all\n"
         "lr x 1 = 0.001, wd x 0, train\n"
-        "  rule 1 (match: .*) decides rate  head_then_all.yaml:13:5\n"
+        "  rule 1 (match: .*) decides rate  head_then_all.yaml:14:5\n"
     )
 
 
@@ -116,7 +118,7 @@ def test_diff_of_a_plan_with_phases() -> None:
         ),
         pytest.param(
             ["full", "frozen_stem", "--model", "vgg16"],
-            "error: frozen_stem.yaml:6:12: rule 1 (role: stem) matches no parameter of vgg16\n"
+            "error: frozen_stem.yaml:7:12: rule 1 (role: stem) matches no parameter of vgg16\n"
             "  vgg16 has no stem and 5 stages\n"
             "  a rule that need not match on every model says optional: true\n",
             id="does-not-fit",
@@ -144,3 +146,15 @@ def test_schema_is_that_of_the_models() -> None:
     assert code == 0
     assert schema.pop("$schema") == "https://json-schema.org/draft/2020-12/schema"
     assert schema == Plan.model_json_schema()
+
+
+def test_every_preset_points_editors_at_the_schema() -> None:
+    """The first line of each names the schema that ships beside it, which is the one that the command prints."""
+    package = Path(freezeplan.__file__).parent
+    schema = package / "plan.schema.json"
+
+    assert schema.read_text(encoding="utf-8") == run("schema")[1]
+    for file in sorted((package / "presets").rglob("*.yaml")):
+        first = file.read_text(encoding="utf-8").splitlines()[0]
+        assert first.startswith("# yaml-language-server: $schema=")
+        assert (file.parent / first.partition("=")[2]).resolve() == schema

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from freezeplan.catalogue import shipped
 from freezeplan.errors import PlanError
-from freezeplan.load import load_plan, preset_files
+from freezeplan.load import load_plan
 from freezeplan.plan import Plan, Rule
 
 BAD = Path(__file__).parent / "plans" / "bad"
@@ -215,15 +216,15 @@ def test_a_plan_remembers_where_it_was_written(tmp_path, monkeypatch):
     assert yaml.where(("rules", 0)) == "plan.yaml:3:5"
     assert yaml.where(("rules", 0, "lr_mult")) == "plan.yaml:4:14"
     assert yaml.line(("rules", 0)) == ", line 3"
-    assert (toml.where(("rules", 0)), toml.line(("rules", 0))) == ("plan.toml", "")
+    assert (toml.where(("rules", 0)), toml.line(("rules", 0))) == ("plan.toml:2:9", "")
     assert load_plan(load_plan("plan.yaml").model_dump()).source.where(("rules", 0)) == ""
 
 
 def test_presets_are_plans_with_their_own_names():
     """Every preset is a plan that says its own name and what it is for."""
-    presets = {name: load_plan(name) for name in preset_files()}
+    presets = {name: load_plan(name) for name in shipped()}
 
     assert ", ".join(presets) == PRESETS
     assert {name: plan.name for name, plan in presets.items()} == {name: name for name in presets}
     assert all(plan.description for plan in presets.values())
-    assert presets["linear_probe"].source.where(("rules", 0)) == "linear_probe.yaml:7:5"
+    assert presets["linear_probe"].source.where(("rules", 0)) == "linear_probe.yaml:8:5"

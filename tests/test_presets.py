@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from freezeplan import load_plan, resolve_plan
+from freezeplan.catalogue import shipped
 from freezeplan.errors import PlanError
-from freezeplan.load import preset_files
 from freezeplan.zoo import create_model
 
 MODELS = ("vgg16", "resnet50", "vit_base_patch16_224", "efficientnet_b0")
@@ -41,7 +41,7 @@ TRAINED = {
 
 def test_every_preset_is_counted_here() -> None:
     """A new preset needs a line in the table above."""
-    assert list(preset_files()) == list(TRAINED)
+    assert list(shipped()) == list(TRAINED)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -60,7 +60,7 @@ REFUSED = [
     pytest.param(
         "frozen_stages_4",
         "resnet50",
-        "frozen_stages_4.yaml:8:13: rule 2 (stage: 5..) matches no parameter of resnet50\n"
+        "frozen_stages_4.yaml:9:13: rule 2 (stage: 5..) matches no parameter of resnet50\n"
         "  resnet50 has a stem (stage 0) and 4 stages\n"
         "  a rule that need not match on every model says optional: true",
         id="no-more-stages",
@@ -68,7 +68,7 @@ REFUSED = [
     pytest.param(
         "frozen_stem",
         "vgg16",
-        "frozen_stem.yaml:6:12: rule 1 (role: stem) matches no parameter of vgg16\n"
+        "frozen_stem.yaml:7:12: rule 1 (role: stem) matches no parameter of vgg16\n"
         "  vgg16 has no stem and 5 stages\n"
         "  a rule that need not match on every model says optional: true",
         id="no-stem",
@@ -76,7 +76,7 @@ REFUSED = [
     pytest.param(
         "norm_only",
         "vgg16",
-        "norm_only.yaml:7:12: rule 1 (role: norm) matches no parameter of vgg16\n"
+        "norm_only.yaml:8:12: rule 1 (role: norm) matches no parameter of vgg16\n"
         "  a rule that need not match on every model says optional: true",
         id="no-norms",
     ),
@@ -113,7 +113,7 @@ def test_layer_decay_of_vit_base() -> None:
 
 def test_every_preset_names_its_source_or_says_what_it_is_for() -> None:
     """A preset is documentation: a description, and for a published method where it is from."""
-    described = {name: load_plan(name).description or "" for name in preset_files()}
+    described = {name: load_plan(name).description or "" for name in shipped()}
     own = {"full", "frozen_stem", *(f"frozen_stages_{n}" for n in range(1, 5))}
 
     assert all(described.values())

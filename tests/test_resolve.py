@@ -370,7 +370,7 @@ HINTS = [
         [{"match": "blocks.1.", "frozen": True}, CATCH_ALL],
         [
             "rule 1: a bare '.' matches any character: 'blocks.1.' selects 24 tensors, "
-            "'blocks.10.norm1.weight' among them; 'blocks\\.1\\.' selects 0"
+            "'blocks.10.norm1.weight' among them; 'blocks\\.1' selects 12"
         ],
         id="bare-dot",
     ),

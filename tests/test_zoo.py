@@ -180,7 +180,7 @@ def test_an_encoder_without_a_classifier_gets_a_named_error(encoder: str) -> Non
     with pytest.raises(PlanError) as error:
         resolve_plan("linear_probe", model)
     assert str(error.value) == (
-        f"linear_probe.yaml:7:12: role head is not known: {encoder} is an encoder without a classifier; "
+        f"linear_probe.yaml:8:12: role head is not known: {encoder} is an encoder without a classifier; "
         "select with match instead"
     )
 

@@ -1,0 +1,92 @@
+"""Every model of timm, by name, on the meta device: five portable presets mean on each what they say.
+
+One model of each architecture module is checked in the quick suite; this is all of them.
+"""
+
+from __future__ import annotations
+
+import pytest
+import timm
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+from freezeplan.description import Description
+from freezeplan.errors import PlanError
+from freezeplan.load import load_plan
+from freezeplan.resolve import Resolution, resolve
+from freezeplan.zoo import create_model, describe
+
+PRESETS = ("linear_probe", "bitfit", "llrd", "frozen_stages_2", "gradual_unfreeze")
+NO_CLASSIFIER = {
+    "linear_probe": "{} is an encoder without a classifier",
+    "bitfit": "{} is an encoder without a classifier",
+    "gradual_unfreeze": "every parameter of {} is frozen in phase 'head'",
+}
+"""Presets that need a classifier, and what they are refused with where there is none."""
+
+pytestmark = [pytest.mark.zoo, pytest.mark.slow]
+
+
+def classifier(model: nn.Module) -> set[int]:
+    """Identities of the classifier's parameters, by timm's own two statements of what it is."""
+    waiting = [model.get_classifier()] if hasattr(model, "get_classifier") else []
+    entry = model.pretrained_cfg.get("classifier") or ()
+    named = dict(model.named_modules())
+    waiting += [named[name] for name in ([entry] if isinstance(entry, str) else entry) if name in named]
+    found: set[int] = set()
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, nn.Module):
+            found |= {id(parameter) for parameter in part.parameters()}
+        elif isinstance(part, (list, tuple)):
+            waiting += part
+    return found
+
+
+def refusal(preset: str, model: nn.Module, described: Description) -> str:
+    """The documented reason for which a preset does not fit, from facts of the model; empty if it has to fit."""
+    if preset in NO_CLASSIFIER and not classifier(model):
+        return NO_CLASSIFIER[preset].format(described.model)
+    if preset == "frozen_stages_2" and described.last_stage < 3:
+        return f"{described.model} has a stem (stage 0) and {described.last_stage} stages"
+    return ""
+
+
+def check_groups(model: nn.Module, resolution: Resolution) -> None:
+    """Groups are disjoint, and with what is always frozen they are the model."""
+    first = {id(parameter): name for name, parameter in reversed(list(model.named_parameters(remove_duplicate=False)))}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    held = [name for group in resolution.groups for name in group.tensors]
+    found = sorted(first[id(named[name])] for name in (*held, *(row.name for row in resolution.always_frozen)))
+
+    assert found == sorted(first.values())
+
+
+@pytest.mark.parametrize("name", timm.list_models())
+def test_portable_presets_fit_every_model(name: str) -> None:
+    """Each resolves or is refused for its documented reason; a linear probe is the classifier, llrd is timm's."""
+    model = create_model(name, meta=True, num_classes=10)
+    described = describe(model)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for preset in PRESETS:
+        expected = refusal(preset, model, described)
+        if expected:
+            with pytest.raises(PlanError) as error:
+                resolve(load_plan(preset), described)
+            assert expected in str(error.value)
+            continue
+        resolution = resolve(load_plan(preset), described)
+        check_groups(model, resolution)
+        if preset == "linear_probe":
+            assert {id(named[row.name]) for row in resolution.trained} == classifier(model)
+        elif preset == "frozen_stages_2":
+            assert {described.stages[row.name] for row in resolution.frozen} <= {0, 1, 2}
+            assert all(described.stages.get(row.name, 3) > 2 for row in resolution.trained)
+        elif preset == "llrd" and hasattr(model, "group_matcher"):
+            groups = param_groups_layer_decay(model, layer_decay=0.75)
+            scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+            assert {id(named[row.name]): row.lr_mult for row in resolution.trained} == scales
+        elif preset == "gradual_unfreeze":
+            counts = [len(part.trained) for part in resolution.parts]
+            assert counts == sorted(counts)
+            assert counts[-1] == len(described.tensors)
