@@ -22,6 +22,7 @@ _HOME = {
     "Rule": "plan",
     "applied": "facade",
     "apply_plan": "facade",
+    "infer_plan": "infer",
     "load_plan": "load",
     "resolve_plan": "facade",
 }
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from freezeplan.facade import applied as applied
     from freezeplan.facade import apply_plan as apply_plan
     from freezeplan.facade import resolve_plan as resolve_plan
+    from freezeplan.infer import infer_plan as infer_plan
     from freezeplan.load import load_plan as load_plan
     from freezeplan.plan import Plan as Plan
     from freezeplan.plan import Rule as Rule

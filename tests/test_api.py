@@ -19,6 +19,7 @@ NAMES = [
     "Rule",
     "applied",
     "apply_plan",
+    "infer_plan",
     "load_plan",
     "resolve_plan",
 ]
@@ -45,6 +46,7 @@ SIGNATURES = {
         "(model: 'nn.Module', plan: 'PlanLike', *, lr: 'float | None' = None, weight_decay: 'float | None' = None, "
         "scheduler: 'apply.Scheduler' = 'torch', replace: 'bool' = False, epochs: 'int | None' = None) -> 'AppliedPlan'"
     ),
+    "infer_plan": "(model: 'nn.Module', optimizer: 'torch.optim.Optimizer | None' = None) -> 'Plan'",
     "load_plan": "(plan: 'PlanLike') -> 'Plan'",
     "resolve_plan": "(plan: 'PlanLike', model: 'nn.Module') -> 'Resolution'",
 }

@@ -33,6 +33,7 @@ CORE = [
     "report",
     "explain",
     "difference",
+    "infer",
     "render",
 ]
 """The core, in the order in which it can be read: each module imports only what stands above it."""
