@@ -13,12 +13,14 @@ from typing import Annotated, Any, Literal
 import typer
 
 import freezeplan
-from freezeplan import render, report
+from freezeplan import picture, render, report
+from freezeplan.description import Description
 from freezeplan.difference import compare
 from freezeplan.errors import FreezePlanError, MissingExtraError
 from freezeplan.explain import explain
 from freezeplan.load import load_plan, load_presets
 from freezeplan.plan import Plan
+from freezeplan.resolve import Resolution, resolve
 
 app = typer.Typer(
     help="Declarative layer freezing for timm: a plan says what is frozen and what learns how fast.",
@@ -80,10 +82,15 @@ def show(
     num_classes: NumClasses = None,
     model_arg: ModelArg = None,
     lr: Annotated[float | None, typer.Option(help="Base learning rate: show each group's effective one.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw it: a .png or a .svg, from ice to fire.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a plan does to a model: frozen, trained at which rate, by which rule. Downloads nothing."""
-    resolution = _resolve(plan, model, num_classes, model_arg)
+    resolution, described = _resolved(plan, model, num_classes, model_arg)
+    if image is not None:
+        picture.draw(resolution, described, image)
     if as_json:
         _print_json(report.as_json(resolution))
     else:
@@ -262,13 +269,19 @@ def run(
     )
 
 
-def _resolve(plan: str, model: str, num_classes: int | None, model_arg: list[str] | None) -> Any:
+def _resolve(plan: str, model: str, num_classes: int | None, model_arg: list[str] | None) -> Resolution:
+    return _resolved(plan, model, num_classes, model_arg)[0]
+
+
+def _resolved(
+    plan: str, model: str, num_classes: int | None, model_arg: list[str] | None
+) -> tuple[Resolution, Description]:
     loaded = load_plan(plan)  # before the imports: a mistake in the file need not wait for torch
-    from freezeplan.facade import resolve_plan
-    from freezeplan.zoo import create_model
+    from freezeplan.zoo import create_model, describe
 
     arguments = dict(map(_key_value, model_arg or ()))
-    return resolve_plan(loaded, create_model(model, num_classes=num_classes, meta=True, **arguments))
+    described = describe(create_model(model, num_classes=num_classes, meta=True, **arguments))
+    return resolve(loaded, described), described
 
 
 def _key_value(text: str) -> tuple[str, Any]:
