@@ -16,7 +16,7 @@ from freezeplan.errors import FreezePlanError, MissingExtraError, OutputError
 from freezeplan.report import phase_end
 from freezeplan.resolve import Resolution, Row
 
-LIMIT = 48
+LIMIT = 64
 """Blocks of a picture, at most where the model's parts allow: more are not readable."""
 
 _CONTAINERS = frozenset({"Sequential", "ModuleList", "ModuleDict"})

@@ -18,7 +18,7 @@ NETS = [
     pytest.param("linear_probe", "resnet50", 19, ("conv1", "fc"), id="resnet50"),
     pytest.param("frozen_stages_2", "efficientnet_b0", 21, ("conv_stem", "classifier"), id="efficientnet"),
     pytest.param("gradual_unfreeze", "convnext_tiny", 27, ("stem.0", "head"), id="phases"),
-    pytest.param("full", "resnet152", 7, ("conv1", "fc"), id="too-many-blocks-stay-folded"),
+    pytest.param("full", "resnet200", 7, ("conv1", "fc"), id="too-many-blocks-stay-folded"),
 ]
 
 
