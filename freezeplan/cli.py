@@ -16,8 +16,10 @@ import freezeplan
 from freezeplan import picture, render, report
 from freezeplan.description import Description
 from freezeplan.difference import compare
-from freezeplan.errors import FreezePlanError, MissingExtraError
+from freezeplan.dump import dump
+from freezeplan.errors import FreezePlanError, MissingExtraError, OutputError
 from freezeplan.explain import explain
+from freezeplan.importers import finetuning_scheduler, mmengine, timm_args
 from freezeplan.load import load_plan, load_presets
 from freezeplan.plan import Plan
 from freezeplan.resolve import Resolution, resolve
@@ -39,6 +41,7 @@ ModelArg = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Experiment = Literal["voc_vgg16"]
+Format = Literal["timm", "finetuning-scheduler", "mmengine"]
 # Stated here and not imported: the experiment brings torch with it, and --help should not wait for that.
 EPOCHS = "20; sample: 25"
 BATCH_SIZE = "32; sample: 16"
@@ -168,6 +171,40 @@ def diff(
 def schema() -> None:
     """Print the JSON schema of a plan, for editors: point the yaml-language-server at it."""
     _print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **Plan.model_json_schema()})
+
+
+@app.command("import")
+def import_(
+    format: Annotated[Format, typer.Argument(metavar="FORMAT", help="timm, finetuning-scheduler or mmengine.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What that tool reads: see docs/importing.md.")],
+    lr: Annotated[
+        float | None, typer.Option(help="The optimizer's rate; finetuning-scheduler's later depths need it.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where the plan goes.", show_default="stdout")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn another tool's settings into a plan that does the same, or say what a plan cannot say."""
+    if lr is not None and (format != "finetuning-scheduler" or not lr > 0):
+        raise typer.BadParameter("a number above 0, for finetuning-scheduler alone", param_hint="--lr")
+    if format == "timm":
+        plan = timm_args.read(file)
+    elif format == "mmengine":
+        plan = mmengine.read(file)
+    else:
+        plan = finetuning_scheduler.read(file, lr=lr)
+    data = plan.model_dump(mode="json", exclude_defaults=True)
+    text = f"{json.dumps(data, indent=2, ensure_ascii=False)}\n" if as_json else dump(plan)
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    temporary = out.with_name(f".{out.name}.part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(out)
+    except OSError as error:
+        raise OutputError(f"cannot write {str(out)!r}: {error.strerror}") from None
 
 
 @app.command()

@@ -66,7 +66,7 @@ def load_plan(plan: PlanLike) -> Plan:
         return _validate(dict(plan), Source())
     path = Path(plan)
     if path.suffix.lower() in _SUFFIXES:
-        return _parse(_read(path), path.suffix.lower(), str(plan))
+        return _parse(read_text(path), path.suffix.lower(), str(plan))
     name = str(plan)
     presets = catalogue.shipped()
     if name in presets:
@@ -106,7 +106,12 @@ def _from_package(file: Traversable) -> Plan:
         raise PlanError(f"cannot be read: {error}", where=str(file)) from None
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Return a file's text.
+
+    Raises:
+        PlanError: If it does not exist, with the nearest names beside it, cannot be read, or is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -118,10 +123,23 @@ def _read(path: Path) -> str:
         raise PlanError(f"cannot be read: {error.strerror}", where=str(path)) from None
 
 
+def read_data(path: Path) -> tuple[Any, Source]:
+    """Read a YAML 1.2, TOML or JSON file: plain data, and where each part of it stands.
+
+    Raises:
+        PlanError: If the file cannot be read or parsed, with the place.
+    """
+    return _data(read_text(path), path.suffix.lower(), str(path))
+
+
 def _parse(text: str, suffix: str, name: str) -> Plan:
+    return _validate(*_data(text, suffix, name))
+
+
+def _data(text: str, suffix: str, name: str) -> tuple[Any, Source]:
     if suffix == ".toml":
         try:
-            return _validate(tomllib.loads(text), Source(name, dict(_toml_positions(text))))
+            return tomllib.loads(text), Source(name, dict(_toml_positions(text)))
         except tomllib.TOMLDecodeError as error:
             message, _, place = str(error).partition(" (at line ")
             line, _, column = place.rstrip(")").partition(", column ")
@@ -134,9 +152,9 @@ def _parse(text: str, suffix: str, name: str) -> Plan:
             hints = (r'JSON needs two backslashes: "features\\.0"',) if "escape" in error.msg else ()
             raise PlanError(_lower(error.msg), where=f"{name}:{error.lineno}:{error.colno}", notes=hints) from None
         marked = _parse_yaml(text.replace("\t", " "), name)  # YAML refuses tabs; in JSON they only stand between tokens
-        return _validate(data, Source(name, dict(_positions(marked, ()))))
+        return data, Source(name, dict(_positions(marked, ())))
     marked = _parse_yaml(text, name)
-    return _validate(_plain(marked), Source(name, dict(_positions(marked, ()))))
+    return _plain(marked), Source(name, dict(_positions(marked, ())))
 
 
 def _parse_yaml(text: str, name: str) -> Any:

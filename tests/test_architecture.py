@@ -18,6 +18,7 @@ CORE = [
     "toml_places",
     "catalogue",
     "load",
+    "dump",
     "description",
     "select",
     "hints",
@@ -39,12 +40,13 @@ CORE = [
 ]
 """The core, in the order in which it can be read: each module imports only what stands above it."""
 
-ORDER = [*CORE, "experiment", "cli", "__main__"]
+ORDER = [*CORE, "importers", "experiment", "cli", "__main__"]
 
 ONLY = {"timm": {"zoo"}, "rich": {"render"}, "matplotlib": {"picture"}, "typer": set()}
 """Package -> the modules of the core that may import it."""
 
 NO_TORCH = {
+    "dump",
     "picture",
     "toml_places",
     "catalogue",

@@ -1,0 +1,106 @@
+"""A schedule of finetuning-scheduler -> a plan with a phase for each of its depths."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from freezeplan.errors import PlanError, did_you_mean
+from freezeplan.load import read_data
+from freezeplan.plan import Phase, Plan, Rate, Rule
+from freezeplan.source import Source
+
+BASE_MAX_LR = 1e-5
+"""The rate of a later depth that names none: the package's own default (its ``base_max_lr``)."""
+
+_KEYS = ("params", "max_transition_epoch", "lr")
+_LITERAL = re.compile(r"[\w.]+")
+
+
+def read(path: Path, *, lr: float | None = None) -> Plan:
+    """Return the plan that thaws what a schedule thaws, when it does, at the rates that it names.
+
+    A name that ends in ``.weight`` or ``.bias`` is that parameter; anything else is a regular expression that, as in
+    the package, must match the beginning of a parameter's name. What no depth names stays frozen. The plan is for the
+    module that the schedule was written for: names keep their prefixes, such as ``model.``.
+
+    Args:
+        path: The schedule, YAML or JSON: ``{0: {params: [...], max_transition_epoch: 3}, 1: {params: [...]}}``.
+        lr: The optimizer's learning rate, which depth 0 is trained at; later depths have rates of their own.
+
+    Raises:
+        PlanError: If depths are not 0, 1, 2, ...; a depth but the last has no ``max_transition_epoch`` of 1 or more (it
+            then ends by early stopping, which is set elsewhere); a key is one that a plan cannot say; or later depths
+            need ``lr`` and it was not given.
+    """
+    data, source = read_data(path)
+    if not isinstance(data, dict) or sorted(map(str, data)) != [str(index) for index in range(len(data))] or not data:
+        raise PlanError("a schedule is a mapping with the depths 0, 1, 2, ... as keys", where=source.where(()))
+    depths = [(key, data[key]) for key in sorted(data, key=int)]
+    if len(depths) > 1 and lr is None:
+        raise PlanError(
+            "the depths behind the first name their rates themselves, so a plan needs the first one's",
+            where=source.where((depths[1][0],)),
+            notes=["--lr 1e-3: the learning rate that the optimizer is made with"],
+        )
+    patterns = [_patterns(key, depth, source) for key, depth in depths]
+    rates = [1.0, *(_rate(key, depth, source) / (lr or 1.0) for key, depth in depths[1:])]
+    rules = [Rule(match=found, lr_mult=float(f"{rate:.12g}")) for found, rate in zip(patterns, rates, strict=True)]
+    phases = []
+    for number, (key, depth) in enumerate(depths[:-1]):
+        later = [pattern for found in patterns[number + 1 :] for pattern in found]
+        until = _until(key, depth, source)
+        phases.append(Phase(name=f"depth {key}", until=until, rules=[Rule(match=later, frozen=True)]))
+    if phases:
+        phases.append(Phase(name=f"depth {depths[-1][0]}"))
+    return Plan(version=1, name=path.stem, weight_decay="all", default=Rate(frozen=True), phases=phases, rules=rules)
+
+
+def _patterns(key: Any, depth: Any, source: Source) -> list[str]:
+    if not isinstance(depth, dict) or not isinstance(depth.get("params"), list) or not depth["params"]:
+        raise PlanError(f"depth {key} has a list of params", where=source.where((key,)))
+    for name in depth:
+        if name not in _KEYS:
+            raise PlanError(
+                f"{name} of depth {key} has no counterpart in a plan",
+                where=source.where((key, name)),
+                notes=did_you_mean(str(name), _KEYS) or ("take it out and set it in the training code",),
+            )
+    return [_pattern(text, source.where((key, "params", index))) for index, text in enumerate(depth["params"])]
+
+
+def _pattern(text: Any, where: str) -> str:
+    if not isinstance(text, str):
+        raise PlanError(f"a parameter is named by text, found {text!r}", where=where)
+    if _LITERAL.fullmatch(text) and text.rpartition(".")[2] in ("weight", "bias"):
+        return text.replace(".", r"\.")
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise PlanError(f"{text!r} is not a regular expression: {error.msg}", where=where) from None
+    whole = "(?=)" if "$" in text or r"\Z" in text else ""  # then it is held against parameters' names only
+    return f"{whole}(?:{text}).*"
+
+
+def _rate(key: Any, depth: dict[str, Any], source: Source) -> float:
+    value = depth.get("lr", BASE_MAX_LR)
+    try:
+        rate = float(value)
+    except (TypeError, ValueError):
+        rate = 0.0
+    if not rate > 0:
+        raise PlanError(f"lr of depth {key} is a number above 0, found {value!r}", where=source.where((key, "lr")))
+    return rate
+
+
+def _until(key: Any, depth: dict[str, Any], source: Source) -> int:
+    value = depth.get("max_transition_epoch", -1)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise PlanError(
+            f"depth {key} has no max_transition_epoch of 1 or more, so it ends by early stopping, which is set "
+            "elsewhere",
+            where=source.where((key, "max_transition_epoch")),
+            notes=["give it one, or write the phase's until: {metric: val_loss, patience: 2} in the plan"],
+        )
+    return value

@@ -1,0 +1,345 @@
+"""Plans from other tools' files: the same tensors with the same factors as the tool itself computes, or a refusal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import pytest
+from timm.optim import create_optimizer_v2
+from torch import nn
+from typer.testing import CliRunner
+
+from freezeplan import cli, load_plan, resolve_plan
+from freezeplan.errors import PlanError
+from freezeplan.importers import finetuning_scheduler, mmengine, timm_args
+from freezeplan.zoo import create_model
+
+
+def peer(name: str):
+    """The real package, or a skip that names it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip(name, reason=f"{name} is not installed: pip install 'freezeplan[peers]'")
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def put(name: str, text: str) -> Path:
+        Path(name).write_text(text, encoding="utf-8")
+        return Path(name)
+
+    return put
+
+
+# timm -----------------------------------------------------------------------------------------------------------------
+
+ARGUMENTS = [
+    pytest.param("args.yaml", "lr: 0.001\nlayer_decay: 0.65\nlayer_decay_min_scale: 0.1\n", 0.65, 0.1, id="args.yaml"),
+    pytest.param("args.yaml", "layer_decay: null\nmodel: x\n", None, 0.0, id="none"),
+    pytest.param("run.sh", "python train.py --layer-decay 0.75 \\\n  --lr 1e-3  # a note\n", 0.75, 0.0, id="shell"),
+    pytest.param("run.txt", "--layer-decay=.8 --layer-decay-min-scale=0.2", 0.8, 0.2, id="with-equals"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "decay", "floor"), ARGUMENTS)
+@pytest.mark.parametrize("model", ["test_vit", "test_resnet", "test_convnext"])
+def test_timms_arguments_give_timms_rates(write, model, name, text, decay, floor):
+    """Rate and decay of every tensor are those of timm.optim.create_optimizer_v2."""
+    net = create_model(model, num_classes=3)
+    names = {id(p): n for n, p in net.named_parameters()}
+    options = {} if decay is None else {"layer_decay": decay, "layer_decay_min_scale": floor}
+    groups = create_optimizer_v2(net, opt="sgd", lr=1.0, weight_decay=0.05, **options).param_groups
+    expected = {names[id(p)]: (g.get("lr_scale", 1.0), g["weight_decay"] > 0) for g in groups for p in g["params"]}
+
+    rows = resolve_plan(timm_args.read(write(name, text)), net).rows
+
+    assert {row.name: (row.lr_mult, row.wd_mult > 0) for row in rows} == expected
+
+
+# finetuning-scheduler -------------------------------------------------------------------------------------------------
+
+SCHEDULE = """\
+0:
+  params:
+  - fc.bias
+  - fc.weight
+  max_transition_epoch: 3
+1:
+  params:
+  - layer4.*
+  - layer3.0.conv[12]
+  max_transition_epoch: 9
+  lr: 1.0e-04
+2:
+  params:
+  - layer1
+  - bn1.weight
+"""
+
+
+def test_a_schedule_thaws_what_the_package_thaws(write):
+    """Depth by depth, the package's own reading of names and patterns; its rates, its epochs."""
+    fts = peer("finetuning_scheduler.fts_supporters")
+    file = write("schedule.yaml", SCHEDULE)
+    net = create_model("resnet18", num_classes=3)
+
+    class Reader(fts.ScheduleParsingMixin):
+        """As much of the callback as reading a schedule needs."""
+
+        base_max_lr = 1e-5
+        pl_module = net
+        ft_schedule = fts.ScheduleImplMixin.load_yaml_schedule(file)
+
+        class strategy_adapter:  # noqa: N801
+            get_named_params_for_schedule_validation = staticmethod(lambda: dict(net.named_parameters()))
+
+    reader = Reader()
+    named = dict(net.named_parameters()).keys()
+    for depth in reader.ft_schedule:
+        reader._parse_phase(depth, named, ((), frozenset()))
+        reader._parse_phase_lr(depth)
+    plan = finetuning_scheduler.read(file, lr=1e-3)
+    parts = resolve_plan(plan, net).parts
+
+    thawed: dict[str, float] = {}
+    for depth, part in enumerate(parts):
+        rate = 1e-3 if depth == 0 else float(reader.ft_schedule[depth]["lr"])
+        thawed |= dict.fromkeys(reader.ft_schedule[depth]["params"], rate)
+        assert {row.name: row.lr_mult * 1e-3 for row in part.trained} == pytest.approx(thawed)
+    assert [phase.until for phase in plan.phases] == [3, 9, None]
+    assert [len(part.trained) for part in parts] == [2, 19, 32]
+
+
+# mmengine -------------------------------------------------------------------------------------------------------------
+
+CONFIGS = [
+    pytest.param(
+        "config.py",
+        "optim_wrapper = dict(\n    type='OptimWrapper',\n    optimizer=dict(type='SGD', lr=0.01, weight_decay=0.1),\n"
+        "    paramwise_cfg=dict(\n        norm_decay_mult=0.0, bias_decay_mult=0.5, bias_lr_mult=2.0,\n"
+        "        custom_keys={'layer1': dict(lr_mult=0.1), 'layer1.0.bn': dict(decay_mult=0.3, lr_mult=0.2),\n"
+        "                     'conv1': dict(lr_mult=0.5, decay_mult=0.9)}))\n",
+        id="python",
+    ),
+    pytest.param("config.yaml", "paramwise_cfg:\n  norm_decay_mult: 0\n  bias_lr_mult: 2\n", id="norms-and-biases"),
+    pytest.param("config.json", '{"custom_keys": {"fc": {"lr_mult": 10}, "layer": {"lr_mult": 0.1}}}', id="json"),
+    pytest.param("config.toml", "[custom_keys]\nlayer4 = {lr_mult = 0.1, decay_mult = 0}\n", id="toml"),
+    pytest.param(
+        "config.yaml", "optim_wrapper: {paramwise_cfg: {bypass_duplicate: true, bias_decay_mult: 0}}", id="bias"
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), CONFIGS)
+@pytest.mark.parametrize("model", ["resnet18", "test_vit"])
+def test_a_paramwise_cfg_gives_mmengines_factors(write, model, name, text):
+    """Rate and decay of every tensor are those of mmengine.optim.DefaultOptimWrapperConstructor."""
+    optim = peer("mmengine.optim")
+    file = write(name, text)
+    net = create_model(model, num_classes=3)
+    plan = mmengine.read(file)
+    config = mmengine._config(file)[0]
+    if model != "resnet18" and "custom_keys" in config:
+        pytest.skip("its keys are names of a ResNet")
+    logging.disable()
+    try:
+        constructor = optim.DefaultOptimWrapperConstructor(
+            {"optimizer": {"type": "SGD", "lr": 1.0, "weight_decay": 1.0}}, config
+        )
+        groups: list[dict] = []
+        constructor.add_params(groups, net)
+    finally:
+        logging.disable(logging.NOTSET)
+    names = {id(p): n for n, p in net.named_parameters()}
+    expected = {names[id(g["params"][0])]: (g.get("lr", 1.0), g.get("weight_decay", 1.0)) for g in groups}
+
+    rows = resolve_plan(plan, net).rows
+
+    assert {row.name: row.lr_mult or 0.0 for row in rows} == pytest.approx({n: lr for n, (lr, _) in expected.items()})
+    assert {row.name: row.wd_mult for row in rows} == pytest.approx({n: wd for n, (_, wd) in expected.items()})
+
+
+def test_a_rate_of_nothing_is_frozen(write):
+    """lr_mult 0 would still let statistics drift."""
+    plan = mmengine.read(write("c.yaml", "custom_keys: {layer1: {lr_mult: 0}}"))
+
+    assert {row.name.split(".")[0] for row in resolve_plan(plan, create_model("resnet18")).frozen} == {"layer1"}
+
+
+# refusals -------------------------------------------------------------------------------------------------------------
+
+REFUSED = [
+    pytest.param(
+        timm_args.read,
+        "args.yaml",
+        "lr: 1\nlayer_decay: 1.5\n",
+        "args.yaml:2:14: layer_decay is a number in (0, 1], found 1.5",
+        id="timm-number",
+    ),
+    pytest.param(
+        timm_args.read,
+        "run.sh",
+        "train.py\n  --layer-decay-no-opt-scale 0.1",
+        "run.sh:2:3: layer_decay_no_opt_scale has no counterpart in a plan\n"
+        "  freeze those layers by a rule ahead, such as {stage: ..2, frozen: true}",
+        id="timm-no-opt-scale",
+    ),
+    pytest.param(
+        timm_args.read, "run.sh", "a 'b", "run.sh:1:1: not a command line: No closing quotation", id="timm-shell"
+    ),
+    pytest.param(
+        timm_args.read, "a.yaml", "- 1", "a.yaml: timm's args.yaml is a mapping of options to values", id="timm-list"
+    ),
+    pytest.param(
+        finetuning_scheduler.read,
+        "s.yaml",
+        "0: {params: [fc.weight]}\n2: {params: [layer1]}\n",
+        "s.yaml:1:1: a schedule is a mapping with the depths 0, 1, 2, ... as keys",
+        id="fts-depths",
+    ),
+    pytest.param(
+        finetuning_scheduler.read,
+        "s.yaml",
+        "0: {params: [fc.weight], max_transition_epoch: 2}\n1: {params: [layer1]}\n",
+        "s.yaml:2:4: the depths behind the first name their rates themselves, so a plan needs the first one's\n"
+        "  --lr 1e-3: the learning rate that the optimizer is made with",
+        id="fts-lr",
+    ),
+    pytest.param(
+        lambda path: finetuning_scheduler.read(path, lr=1.0),
+        "s.yaml",
+        "0: {params: [fc.weight]}\n1: {params: [layer1]}\n",
+        "s.yaml:1:4: depth 0 has no max_transition_epoch of 1 or more, so it ends by early stopping, which is set "
+        "elsewhere\n  give it one, or write the phase's until: {metric: val_loss, patience: 2} in the plan",
+        id="fts-early-stopping",
+    ),
+    pytest.param(
+        finetuning_scheduler.read,
+        "s.yaml",
+        "0:\n  params: [fc.weight]\n  new_optimizer: {}\n",
+        "s.yaml:3:18: new_optimizer of depth 0 has no counterpart in a plan\n"
+        "  take it out and set it in the training code",
+        id="fts-new-optimizer",
+    ),
+    pytest.param(
+        finetuning_scheduler.read, "s.yaml", "0: {}", "s.yaml:1:4: depth 0 has a list of params", id="fts-no-params"
+    ),
+    pytest.param(
+        finetuning_scheduler.read,
+        "s.yaml",
+        "0: {params: [1]}",
+        "s.yaml:1:14: a parameter is named by text, found 1",
+        id="fts-number",
+    ),
+    pytest.param(
+        finetuning_scheduler.read,
+        "s.yaml",
+        "0: {params: ['a(']}",
+        "s.yaml:1:14: 'a(' is not a regular expression: missing ), unterminated subpattern",
+        id="fts-pattern",
+    ),
+    pytest.param(
+        lambda path: finetuning_scheduler.read(path, lr=1.0),
+        "s.yaml",
+        "0: {params: [a], max_transition_epoch: 1}\n1: {params: [b], lr: none}",
+        "s.yaml:2:22: lr of depth 1 is a number above 0, found 'none'",
+        id="fts-rate",
+    ),
+    pytest.param(
+        mmengine.read,
+        "c.yaml",
+        "paramwise_cfg:\n  dwconv_decay_mult: 0\n",
+        "c.yaml:2:22: dwconv_decay_mult has no counterpart in a plan\n"
+        "  a plan does not select depthwise convolutions; name them: {match: '.*conv_dw', wd_mult: 0}",
+        id="mm-depthwise",
+    ),
+    pytest.param(
+        mmengine.read,
+        "c.py",
+        "import os\nparamwise_cfg = dict(\n    bias_lr_mult=os.system('echo run'))\n",
+        "c.py:3:18: os.system('echo run') is not a literal; the file is read, not executed\n  write its value out",
+        id="mm-code",
+    ),
+    pytest.param(
+        mmengine.read,
+        "c.py",
+        "paramwise_cfg = dict(custom_keys={'a': dict(lr_mult=-1)})",
+        "c.py:1:40: a factor is a number of 0 or more, found -1",
+        id="mm-negative",
+    ),
+    pytest.param(
+        mmengine.read,
+        "c.json",
+        '{"custom_keys": {".a": {}}}',
+        "c.json:1:24: '.a' means another thing at the top of the model than below",
+        id="mm-dot",
+    ),
+    pytest.param(
+        mmengine.read,
+        "c.json",
+        '{"custom_keys": {"a": {"momentum": 1}}}',
+        "c.json:1:23: 'a' has lr_mult and decay_mult and nothing else that a plan can say",
+        id="mm-other-key",
+    ),
+    pytest.param(
+        mmengine.read,
+        "c.json",
+        '{"custom_keys": 1}',
+        "c.json:1:17: custom_keys is a dict of parts of names",
+        id="mm-keys",
+    ),
+    pytest.param(
+        mmengine.read, "c.yaml", "model: x", "c.yaml:1:1: there is no paramwise_cfg in this file", id="mm-none"
+    ),
+    pytest.param(
+        mmengine.read, "c.py", "x = 1", "c.py: there is no paramwise_cfg = dict(...) in this file", id="mm-none-python"
+    ),
+    pytest.param(
+        mmengine.read, "c.py", "x = (", "c.py: not Python: '(' was never closed (<unknown>, line 1)", id="mm-syntax"
+    ),
+    pytest.param(mmengine.read, "no.py", None, "no.py: no such plan file", id="no-file"),
+]
+
+
+@pytest.mark.parametrize(("read", "name", "text", "message"), REFUSED)
+def test_what_a_plan_cannot_say_is_refused(write, read, name, text, message):
+    """With the place, and what to write instead where there is something."""
+    file = Path(name) if text is None else write(name, text)
+    with pytest.raises(PlanError) as error:
+        read(file)
+
+    assert str(error.value) == message
+
+
+# the command ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_a_plan(write):
+    """To stdout, as JSON, or to a file, whole."""
+    write("schedule.yaml", SCHEDULE)
+    write("args.yaml", "layer_decay: 0.65\n")
+    runner = CliRunner()
+    printed = runner.invoke(cli.app, ["import", "timm", "args.yaml"])
+    as_json = runner.invoke(cli.app, ["import", "mmengine", str(write("c.json", '{"bias_lr_mult": 2}')), "--json"])
+    to_file = runner.invoke(
+        cli.app, ["import", "finetuning-scheduler", "schedule.yaml", "--lr", "1e-3", "--out", "plan.yaml"]
+    )
+
+    assert printed.output == "version: 1\nname: args\nlayer_decay: 0.65\nrules:\n  - {match: '.*', lr_mult: 1}\n"
+    assert json.loads(as_json.output)["rules"][1] == {"match": r"(?:.*\.)?bias", "lr_mult": 2.0, "optional": True}
+    assert (to_file.exit_code, to_file.output) == (0, "")
+    assert load_plan("plan.yaml") == finetuning_scheduler.read(Path("schedule.yaml"), lr=1e-3)
+    assert sorted(path.name for path in Path().iterdir()) == ["args.yaml", "c.json", "plan.yaml", "schedule.yaml"]
+
+
+def test_tied_and_plain_modules_are_read_too(write):
+    """A schedule of a module that is nobody's model, its patterns anchored at the end."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    plan = finetuning_scheduler.read(write("s.yaml", "0: {params: ['.*bias$']}"))
+
+    assert [row.name for row in resolve_plan(plan, net).trained] == ["0.bias", "1.bias"]
