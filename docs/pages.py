@@ -16,7 +16,7 @@ import timm
 from freezeplan import load_plan, resolve_plan
 from freezeplan.catalogue import shipped
 from freezeplan.errors import PlanError
-from freezeplan.resolve import Resolution
+from freezeplan.resolution import Resolution
 from freezeplan.zoo import create_model, describe
 
 HERE = Path(__file__).parent

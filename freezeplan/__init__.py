@@ -18,7 +18,7 @@ _HOME = {
     "FreezePlanError": "errors",
     "FreezePlanWarning": "errors",
     "Plan": "plan",
-    "Resolution": "resolve",
+    "Resolution": "resolution",
     "Rule": "plan",
     "applied": "facade",
     "apply_plan": "facade",
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from freezeplan.load import load_plan as load_plan
     from freezeplan.plan import Plan as Plan
     from freezeplan.plan import Rule as Rule
-    from freezeplan.resolve import Resolution as Resolution
+    from freezeplan.resolution import Resolution as Resolution
 
 
 def __getattr__(name: str) -> object:

@@ -18,7 +18,7 @@ from torch import nn
 from freezeplan import names, zoo
 from freezeplan.description import prefixes
 from freezeplan.errors import ApplyError, ModelError
-from freezeplan.resolve import Group, Resolution
+from freezeplan.resolution import Group, Resolution
 
 Scheduler = Literal["torch", "timm", "any"]
 

@@ -22,7 +22,8 @@ from freezeplan.explain import explain
 from freezeplan.importers import finetuning_scheduler, mmengine, timm_args
 from freezeplan.load import load_plan, load_presets
 from freezeplan.plan import Plan
-from freezeplan.resolve import Resolution, resolve
+from freezeplan.resolution import Resolution
+from freezeplan.resolve import resolve
 
 app = typer.Typer(
     help="Declarative layer freezing for timm: a plan says what is frozen and what learns how fast.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from freezeplan.errors import PlanError
-from freezeplan.resolve import Resolution, Row
+from freezeplan.resolution import Resolution, Row
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from freezeplan.errors import ModelError, did_you_mean
-from freezeplan.resolve import Resolution, RuleUse
+from freezeplan.resolution import Resolution, RuleUse
 
 
 def explain(resolution: Resolution, name: str) -> dict[str, Any]:

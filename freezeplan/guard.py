@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from freezeplan import names
-from freezeplan.resolve import Resolution
+from freezeplan.resolution import Resolution
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 from freezeplan.description import Description
 from freezeplan.errors import FreezePlanError, MissingExtraError, OutputError
 from freezeplan.report import phase_end
-from freezeplan.resolve import Resolution, Row
+from freezeplan.resolution import Resolution, Row
 
 LIMIT = 64
 """Blocks of a picture, at most where the model's parts allow: more are not readable."""

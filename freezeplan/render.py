@@ -19,7 +19,7 @@ from freezeplan.difference import Change
 from freezeplan.errors import FreezePlanError
 from freezeplan.plan import Plan
 from freezeplan.report import Node, count, phase_end, rule_line, tree
-from freezeplan.resolve import Resolution
+from freezeplan.resolution import Resolution
 
 
 def stdout() -> Console:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from freezeplan.plan import Plateau
-from freezeplan.resolve import Resolution, Row, RuleUse
+from freezeplan.resolution import Resolution, Row, RuleUse
 
 
 def as_json(resolution: Resolution) -> dict[str, Any]:

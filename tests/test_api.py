@@ -68,6 +68,7 @@ def test_what_an_applied_plan_offers():
         "param_groups",
         "phase",
         "plan",
+        "prefix",
         "seal",
         "state_dict",
         "step",

@@ -22,6 +22,7 @@ CORE = [
     "description",
     "select",
     "hints",
+    "resolution",
     "resolve",
     "names",
     "stages",
@@ -30,6 +31,7 @@ CORE = [
     "rates",
     "phases",
     "guard",
+    "prefix",
     "facade",
     "report",
     "explain",
@@ -46,6 +48,7 @@ ONLY = {"timm": {"zoo"}, "rich": {"render"}, "matplotlib": {"picture"}, "typer":
 """Package -> the modules of the core that may import it."""
 
 NO_TORCH = {
+    "resolution",
     "dump",
     "picture",
     "toml_places",

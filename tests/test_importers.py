@@ -82,6 +82,7 @@ SCHEDULE = """\
 """
 
 
+@pytest.mark.slow  # importing lightning takes seconds
 def test_a_schedule_thaws_what_the_package_thaws(write):
     """Depth by depth, the package's own reading of names and patterns; its rates, its epochs."""
     fts = peer("finetuning_scheduler.fts_supporters")
@@ -135,6 +136,7 @@ CONFIGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "text"), CONFIGS)
 @pytest.mark.parametrize("model", ["resnet18", "test_vit"])
 def test_a_paramwise_cfg_gives_mmengines_factors(write, model, name, text):

@@ -52,6 +52,7 @@ def test_a_block_says_which_part_of_it_is_trained():
     assert block.shares[1][1] == pytest.approx(8448 / 7087872)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "name"), [net.values[:2] for net in NETS[:2]] + [("gradual_unfreeze", "test_convnext")]
 )

@@ -13,7 +13,8 @@ from torch import nn
 from freezeplan.description import Description
 from freezeplan.errors import PlanError
 from freezeplan.load import load_plan
-from freezeplan.resolve import Resolution, resolve
+from freezeplan.resolution import Resolution
+from freezeplan.resolve import resolve
 from freezeplan.zoo import create_model, describe
 
 PRESETS = ("linear_probe", "bitfit", "llrd", "frozen_stages_2", "gradual_unfreeze")

@@ -1,0 +1,182 @@
+"""The frozen prefix: what can be memoised, what of it is read, and why the rest cannot be."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from freezeplan import apply_plan
+from freezeplan.errors import ApplyError
+from freezeplan.zoo import create_model
+
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+EVERYTHING = {"match": ".*", "lr_mult": 1}
+
+
+def stages(which):
+    return {"version": 1, "rules": [{"stage": which, "frozen": True}, EVERYTHING]}
+
+
+def found(name, plan, **arguments):
+    return apply_plan(create_model(name, num_classes=5, **arguments), plan).prefix(IMAGES)
+
+
+MODELS = [
+    pytest.param("test_resnet", "linear_probe", {"global_pool"}, id="pooled-features"),
+    pytest.param("resnet18", stages("..2"), {"layer2"}, id="two-stages"),
+    pytest.param("vgg16_slim_fc256", "voc_vgg16/frozen_convs", {"features"}, id="vgg"),
+    pytest.param("test_convnext", "frozen_stages_2", {"stages.1"}, id="convnext"),
+    pytest.param("test_efficientnet", "linear_probe", {"global_pool"}, id="efficientnet"),
+]
+
+
+@pytest.mark.parametrize(("name", "plan", "read"), MODELS)
+def test_what_is_read_is_where_the_frozen_part_ends(name, plan, read):
+    """One output is kept; what is ahead of it is computed for nothing but that, and nothing is left over."""
+    import freezeplan.experiment.model  # noqa: F401  # registers the slim VGG
+
+    prefix = found(name, plan)
+
+    assert {call.module for call in prefix.stored} == read
+    assert not prefix.reasons
+    assert 0 < prefix.flops < prefix.total_flops
+
+
+def test_bytes_and_flops_are_those_of_the_layers():
+    """Counted by hand on two convolutions, the second one grouped, and a classifier."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU(inplace=True), nn.Flatten(),
+        nn.Linear(8 * 64 * 64, 5),
+    )  # fmt: skip
+    rules = [{"match": "4", "lr_mult": 1}, {"match": ".*", "frozen": True}]
+    prefix = apply_plan(model, {"version": 1, "rules": rules}).prefix(IMAGES)
+    first, second, linear = 2 * 64 * 64 * 8 * 27, 2 * 64 * 64 * 8 * 9, 2 * 8 * 64 * 64 * 5
+
+    assert [call.module for call in prefix.calls] == ["0", "1", "2", "3"]
+    assert [call.module for call in prefix.stored] == ["3"]
+    assert prefix.bytes == 8 * 64 * 64 * 4
+    assert prefix.image_bytes == 3 * 64 * 64 * 4
+    assert (prefix.flops, prefix.total_flops) == (first + second, first + second + linear)
+    assert "advice: the features are larger than the images" in str(prefix)
+
+
+def test_watching_changes_nothing():
+    """Values, buffers, gradients, modes, hooks, random state."""
+    model = create_model("test_resnet", num_classes=3)
+    live = apply_plan(model, stages("..1"))
+    model.eval()
+    before = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    state = torch.random.get_rng_state()
+
+    live.prefix(IMAGES)
+
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+class Twice(nn.Module):
+    """One frozen module called twice, one of its outputs unread; a path around; a dictionary in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Conv2d(3, 3, 1)
+        self.packed = Packed()
+        self.unread = nn.Conv2d(3, 3, 1)
+        self.noise = nn.Dropout(0.5)
+        self.head = nn.Linear(3, 2)
+        self.late = nn.Linear(2, 2)
+
+    def forward(self, x):
+        self.unread(x)
+        once, twice = self.shared(x), self.shared(x + 1)
+        parts = self.packed(once)
+        return self.late(self.head((parts["sum"] + twice + self.noise(parts["pair"][0])).mean((2, 3))))
+
+
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return {"sum": y + x, "pair": (y, x)}
+
+
+def test_calls_outputs_and_reasons_by_name():
+    """Modules called twice, nested outputs, what nobody reads, what is random, what is behind something trained."""
+    rules = [{"match": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}, {"match": "noise", "mode": "train"}]
+    prefix = apply_plan(Twice(), {"version": 1, "rules": rules}).prefix(IMAGES)
+
+    assert [(call.module, call.number, call.bytes > 0) for call in prefix.calls] == [
+        ("unread", 0, False),
+        ("shared", 0, False),
+        ("shared", 1, True),
+        ("packed", 0, True),
+    ]
+    assert prefix.reasons == {"noise": "random: Dropout p=0.5", "late": "behind what is trained"}
+    assert "not memoised: noise: random: Dropout p=0.5" in str(prefix)
+
+
+def test_batch_norm_in_train_is_named():
+    """A rule may keep frozen batch norm alive; then nothing behind it is the same twice."""
+    plan = {
+        "version": 1,
+        "rules": [{"role": "norm", "mode": "train"}, {"role": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}],
+    }
+    prefix = found("resnet18", plan)
+
+    assert prefix.reasons["bn1"] == "batch norm in train, whose answer depends on the batch"
+
+
+def test_nothing_to_memoise_is_said():
+    """Where all is trained."""
+    assert str(found("test_resnet", "full")) == "nothing ahead of what is trained can be memoised"
+
+
+class Fickle(nn.Module):
+    """Calls its parts in another order each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Linear(3, 2)
+        self.turn = 0
+
+    def forward(self, x):
+        self.turn += 1
+        first, second = (self.a, self.b) if self.turn % 2 else (self.b, self.a)
+        return self.head(second(first(x)).mean((2, 3)))
+
+
+def test_another_order_each_time_is_not_memoised():
+    """Found by watching twice."""
+    plan = {"version": 1, "rules": [{"match": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}]}
+    prefix = apply_plan(Fickle(), plan).prefix(IMAGES)
+
+    assert prefix.calls == ()
+    assert prefix.reasons == {"": "its parts are not called in a fixed order"}
+
+
+def test_what_cannot_be_watched_is_refused():
+    """One image, and a pass in which nothing trained takes part."""
+    live = apply_plan(create_model("test_resnet", num_classes=3), "linear_probe")
+    with pytest.raises(ApplyError) as one:
+        live.prefix(IMAGES[:1])
+    idle = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
+    idle.forward = lambda x: idle["used"](x)
+    plan = {"version": 1, "rules": [{"match": "used", "frozen": True}, EVERYTHING]}
+    with pytest.raises(ApplyError) as nothing:
+        apply_plan(idle, plan).prefix(torch.zeros(2, 2))
+
+    assert str(one.value) == (
+        "a sample is a batch of at least two images, found the shape (1, 3, 64, 64)\n"
+        "  applied.prefix(next(iter(loader))[0])"
+    )
+    assert str(nothing.value) == ("the model's answer to the sample requires no grad: nothing trained takes part in it")
