@@ -53,7 +53,7 @@ def test_a_wrapped_model_resolves_like_the_bare_one(
     for name, wrapper in dict(inner).items():
         above, _, last = name.rpartition(".")
         holder = dict(model.named_modules()).get(above)
-        if holder is not None and hasattr(holder, last):
+        if holder is not None and last in holder._modules:
             holder._modules[last] = INNER[wrapper](holder._modules[last])
     wrapped: nn.Module = model
     for wrapper in outer:
