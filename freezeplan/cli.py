@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import freezeplan
-from freezeplan import picture, render, report
+from freezeplan import picture, render, report, store
 from freezeplan.description import Description
 from freezeplan.difference import compare
 from freezeplan.dump import dump
@@ -206,6 +206,41 @@ def import_(
         temporary.replace(out)
     except OSError as error:
         raise OutputError(f"cannot write {str(out)!r}: {error.strerror}") from None
+
+
+cache_app = typer.Typer(help="Features of frozen parts on disk: what is kept, and how it goes.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+CacheDirectory = Annotated[
+    Path | None, typer.Option("--dir", metavar="DIR", help="Where they are.", show_default="the user's cache folder")
+]
+
+
+@cache_app.command("ls")
+def cache_ls(directory: CacheDirectory = None, as_json: AsJson = False) -> None:
+    """List the features that are kept: of which model and plan, how much, last used when."""
+    found = store.entries(directory or store.default_directory())
+    if as_json:
+        _print_json([asdict(entry) for entry in found])
+    else:
+        render.print_entries(directory or store.default_directory(), found)
+
+
+@cache_app.command("rm")
+def cache_rm(
+    keys: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY...", help="Keys of entries, or how they begin.")
+    ] = None,
+    directory: CacheDirectory = None,
+    everything: Annotated[bool, typer.Option("--all", help="Remove every entry.")] = False,
+) -> None:
+    """Remove features that are kept; they are computed again when they are needed."""
+    if bool(keys) == everything:
+        raise typer.BadParameter("keys, or --all", param_hint="KEY")
+    where = directory or store.default_directory()
+    wanted = [entry.key for entry in store.entries(where)] if everything else keys or []
+    freed = store.remove(where, wanted)
+    count = "1 entry" if len(set(wanted)) == 1 else f"{len(set(wanted))} entries"
+    render.stdout().print(f"{where}: removed {count}, {freed:,} bytes", soft_wrap=True)
 
 
 @app.command()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
-from freezeplan import apply, guard, names, phases, prefix, rates, zoo
+from freezeplan import apply, cache, guard, names, phases, rates, replay, store, zoo
 from freezeplan.errors import ApplyError, FreezePlanWarning
 from freezeplan.load import PlanLike, load_plan
 from freezeplan.plan import Plan
+from freezeplan.prefix import Prefix, undisturbed, watch
 from freezeplan.resolution import Resolution
 from freezeplan.resolve import resolve
 
@@ -352,7 +355,7 @@ class AppliedPlan:
             raise ApplyError("nothing to compare with: no seal was taken", notes=["call seal() before training"])
         return guard.compare(self.model, self.resolution, self._seal)
 
-    def prefix(self, sample: torch.Tensor) -> prefix.Prefix:
+    def prefix(self, sample: torch.Tensor) -> Prefix:
         """Say what of a forward pass is the same for an image in every epoch, and what it would cost to keep.
 
         Runs the model on the sample, four times forward and once backward to no parameter. Nothing of it changes.
@@ -377,7 +380,128 @@ class AppliedPlan:
         """
         self._check_live()
         random = {module.name: module.random for module in zoo.describe(self.model).modules}
-        return prefix.watch(self.model, sample, random)
+        return watch(self.model, sample, random)
+
+    def cached(
+        self,
+        dataset: Dataset[Any],
+        directory: str | Path | None = None,
+        *,
+        views: int = 1,
+        dtype: cache.FeatureDtype = "float32",
+        batch_size: int = 32,
+        device: torch.device | str | None = None,
+        workers: int = 0,
+        limit: int | None = None,
+        seed: int = 0,
+    ) -> tuple[cache.Features, replay.Rest]:
+        """Compute what the frozen part gives for every image once, and train on that from then on.
+
+        The features of images that are on disk already are not computed again. Before it returns, the pass over
+        features is compared with the plain one: answers and gradients, with the trained parameters as they are and
+        changed at random. With phases, the features of later ones are kept in the same pass where they are no larger
+        than the images; call this again when ``step`` returns True.
+
+        Args:
+            dataset: Gives images, (C, H, W) and floating-point, or tuples that begin with one, the same each time.
+            directory: Where features are kept; the user's cache folder if not given. It may be shared by plans, models
+                and data sets, and by processes, which then share the work.
+            views: Number of fixed augmented versions of each image; then the data set may augment at random.
+            dtype: Of the numbers on disk. float32 keeps results; the others take half the room.
+            batch_size: Images a pass.
+            device: Where the passes run, there and back again; where the model is if not given.
+            workers: Processes that read images.
+            limit: Bytes that the directory may hold at most; None: what the disk has.
+            seed: Decides the views.
+
+        Returns:
+            A data set with the same length and targets and features for images, and the module to train on them: its
+            parameters are the model's own trained ones, so the optimizer, averages and checkpoints stay valid, and
+            the model itself can be evaluated on images at any time.
+
+        Raises:
+            ApplyError: If nothing can be memoised, the images are not the same twice, or the comparison fails.
+            FreezePlanError: If the features do not fit, or an image has another shape than the first.
+
+        Examples:
+            >>> import tempfile
+            >>> from freezeplan.zoo import create_model
+            >>> model = create_model("test_resnet", num_classes=3)
+            >>> live = apply_plan(model, "linear_probe", lr=0.1)
+            >>> images, labels = torch.rand(6, 3, 64, 64), torch.tensor([0, 1, 2] * 2)
+            >>> with tempfile.TemporaryDirectory() as directory:
+            ...     features, rest = live.cached(torch.utils.data.TensorDataset(images, labels), directory)
+            ...     x, y = next(iter(torch.utils.data.DataLoader(features, batch_size=6)))
+            >>> tuple(x.shape), torch.allclose(rest.eval()(x), model(images), atol=1e-5)
+            ((6, 96), True)
+            >>> {id(p) for p in rest.parameters()} == {id(p) for p in live.trainable_parameters()}
+            True
+        """
+        self._check_live()
+        if views < 1 or batch_size < 1 or not len(dataset):  # type: ignore[arg-type]
+            raise ApplyError(
+                f"features need at least one image, one view and one image a pass, found {len(dataset)}, "  # type: ignore[arg-type]
+                f"{views} and {batch_size}"
+            )
+        home = next(self.model.parameters()).device
+        there = home if device is None else torch.device(device)
+        cache.check_fixed(dataset, views, seed)
+        where = store.default_directory() if directory is None else Path(directory)
+        with undisturbed(self.model):
+            self.model.to(there)
+            try:
+                sample = cache.first_images(dataset, views, seed).to(there)
+                found = self._boundaries(sample, where, dtype)
+                rest = replay.Rest(self.model, found[0].prefix)
+                replay.prove(self.model, rest, found[0].prefix, sample)
+                self.model.train()
+                features = cache.fill(
+                    self.model, found, dataset, views=views, seed=seed, dtype=dtype, batch_size=batch_size,
+                    device=there, workers=workers, limit=limit,
+                )  # fmt: skip
+                cache.check_stored(self.model, found[0].prefix, sample, features, dtype)
+            finally:
+                self.model.to(home)
+        return features, rest
+
+    def _boundaries(self, sample: torch.Tensor, where: Path, dtype: cache.FeatureDtype) -> list[cache.Boundary]:
+        """What can be memoised now, and in later phases as far as it is frozen until then."""
+        now = self.prefix(sample)
+        if not now.stored:
+            raise ApplyError(f"there is nothing to keep: {now}", notes=["train on images, with the same plan"])
+        if now.advice:
+            warnings.warn(now.advice, FreezePlanWarning, stacklevel=3)
+        parts = self.resolution.parts
+        later = parts[phases.phase_at(self.plan.phases, self._progress, self._epochs) + 1 :]
+        found = [(self._part, now)]
+        still = {row.name for row in self._part.frozen}
+        try:
+            for part in later:
+                still &= {row.name for row in part.frozen}
+                if {row.name for row in part.frozen} != still:
+                    break  # what is trained until then and frozen again is not known yet
+                apply.enter(self.model, part)
+                ahead = self.prefix(sample)
+                if ahead.stored and not ahead.advice:
+                    found.append((part, ahead))
+        finally:
+            if later:
+                apply.enter(self.model, self._part)
+        model, device = self.model, sample.device
+        keys = {cache.key(model, part, ahead, dtype, device): (part, ahead) for part, ahead in found}
+        for name, (part, ahead) in keys.items():
+            store.begin(where / name, self._about(part, ahead, dtype))
+        return [cache.Boundary(ahead, where / name) for name, (_, ahead) in keys.items()]
+
+    def _about(self, part: Resolution, found: Prefix, dtype: str) -> dict[str, Any]:
+        return {
+            "model": self.resolution.model,
+            "plan": self.plan.title + (f", phase {part.phase}" if part.phase else ""),
+            "memoised": list(dict.fromkeys(call.module for call in found.stored)),
+            "dtype": dtype,
+            "image": list(found.image_shape),
+            "bytes": found.elements * getattr(torch, dtype).itemsize,
+        }
 
     def undo(self) -> None:
         """Give the model back its flags and modes, take the pins away, clear gradients. Values stay. Twice is once."""

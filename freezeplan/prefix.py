@@ -1,24 +1,47 @@
 """The frozen prefix: what gives the same answer for an image in every epoch, found by watching forward passes.
 
-Autograd is the witness. A module call none of whose outputs requires grad has nothing trained ahead of it; if nothing
-in it is random either, it can be *memoised*. What of it the rest of the pass really reads is found by a second pass, in
-which every such output is a fresh leaf: the leaves that get a gradient are read. No tracing, no names, no knowledge of
-the architecture.
+Autograd is the witness. A module call none of whose outputs requires grad has nothing trained ahead of it; what is
+random is made to require grad while watching, so that what follows it does too. A call without either can be
+*memoised*. What of it the rest of the pass really reads is found by another pass, in which every output of such a call
+is a fresh leaf: the leaves that get a gradient are read. No tracing, no knowledge of the architecture.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import functools
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from freezeplan import names
 from freezeplan.errors import ApplyError
+
+_CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device)
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor that a memoised call gives, as it is for one image."""
+
+    shape: tuple[int, ...]
+    """Its rows for one image on the first axis (1 where the first axis is the images), then its other axes."""
+    dtype: torch.dtype
+    order: tuple[int, ...]
+    """Its axes as they lie in memory, the outermost first: (0, 2, 3, 1) is channels-last."""
+    read: bool
+    """Whether the rest of the pass reads its values."""
+
+    @property
+    def elements(self) -> int:
+        """Its elements for one image."""
+        return torch.Size(self.shape).numel()
 
 
 @dataclass(frozen=True)
@@ -27,11 +50,28 @@ class Call:
 
     module: str
     number: int
-    """Which call of this module within one forward pass, from 0."""
-    shapes: tuple[tuple[int, ...], ...]
-    """Of its tensor outputs, the batch included."""
-    bytes: int
-    """Of its tensor outputs, for one image; 0 where the rest of the pass reads none of them."""
+    """Which call of this module within one forward pass, from 0; calls inside memoised calls do not count."""
+    outputs: tuple[Output, ...]
+    flops: int
+    """For one image."""
+    structure: TreeSpec = field(repr=False, compare=False)
+    constants: tuple[Any, ...] = field(repr=False, compare=False)
+    """The leaves of the answer that are no tensors; None where the tensors stand."""
+
+    @property
+    def bytes(self) -> int:
+        """Of its outputs that are read, for one image."""
+        return sum(output.elements * output.dtype.itemsize for output in self.outputs if output.read)
+
+    def answer(self, tensors: Iterable[Tensor]) -> Any:
+        """Return what the call gives, around these tensors."""
+        found = iter(tensors)
+        leaves = [next(found) if constant is _TENSOR else constant for constant in self.constants]
+        return tree_unflatten(leaves, self.structure)
+
+
+_TENSOR = torch.Tensor
+"""Stands among the constants where a tensor is."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +82,11 @@ class Prefix:
     """In the order of the pass; only the outermost of nested calls."""
     reasons: Mapping[str, str]
     """Frozen module whose calls cannot be memoised -> why; the outermost ones."""
-    image_bytes: int
+    image_shape: tuple[int, ...]
     """Of one image as the model gets it."""
-    flops: int
-    """Of the memoised calls, for one image forward; a multiplication and an addition are two."""
+    image_dtype: torch.dtype
     total_flops: int
-    """Of the whole pass, for one image forward."""
+    """Of the whole pass, for one image forward; a multiplication and an addition are two."""
 
     @property
     def stored(self) -> tuple[Call, ...]:
@@ -57,7 +96,31 @@ class Prefix:
     @property
     def bytes(self) -> int:
         """What has to be kept for one image."""
-        return sum(call.bytes for call in self.stored)
+        return sum(call.bytes for call in self.calls)
+
+    @property
+    def elements(self) -> int:
+        """What has to be kept for one image, in numbers."""
+        return sum(output.elements for call in self.calls for output in call.outputs if output.read)
+
+    @property
+    def image_bytes(self) -> int:
+        """Of one image as the model gets it."""
+        return torch.Size(self.image_shape).numel() * self.image_dtype.itemsize
+
+    @property
+    def flops(self) -> int:
+        """Of the memoised calls, for one image forward."""
+        return sum(call.flops for call in self.calls)
+
+    @property
+    def advice(self) -> str:
+        """Why a cache is no good idea; empty where it is."""
+        if self.bytes > self.image_bytes:
+            return "the features are larger than the images; a cache costs more than it reads"
+        if self.flops < 0.1 * self.total_flops:
+            return "little is computed ahead of what is trained; a cache gains little"
+        return ""
 
     def __str__(self) -> str:
         if not self.stored:
@@ -70,10 +133,8 @@ class Prefix:
                 f"{self.bytes:,} bytes an image, {ratio:.2g} times the image's {self.image_bytes:,}",
                 f"{self.flops:,} of {self.total_flops:,} forward FLOPs an image ({share:.1%})",
             ]
-            if self.bytes > self.image_bytes:
-                lines.append("advice: the features are larger than the images; a cache costs more than it reads")
-            elif share < 0.1:
-                lines.append("advice: little is computed ahead of what is trained; a cache gains little")
+            if self.advice:
+                lines.append(f"advice: {self.advice}")
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.reasons.items():
             by_reason.setdefault(reason, []).append(name)
@@ -86,8 +147,8 @@ class Prefix:
 def watch(model: nn.Module, sample: Tensor, random: Mapping[str, str]) -> Prefix:
     """Find what can be memoised by running the model on a sample. The model is left as it was.
 
-    Three forward passes in train mode (a plan's pins keep what is frozen in eval), and a backward pass that reaches no
-    parameter. Random states are the caller's again afterwards, and so are the buffers.
+    Passes in train mode (a plan's pins keep what is frozen in eval), over two and over three images, and backward
+    passes that reach no parameter. Random states are the caller's again afterwards, and so are the buffers.
 
     Args:
         model: With a live plan.
@@ -102,95 +163,158 @@ def watch(model: nn.Module, sample: Tensor, random: Mapping[str, str]) -> Prefix
             f"a sample is a batch of at least two images, found the shape {tuple(sample.shape)}",
             notes=["applied.prefix(next(iter(loader))[0])"],
         )
-    with _undisturbed(model):
-        first, flops = _Watch(model, random), FlopCounterMode(display=False)
-        with flops, first.hooks(flops.get_total_flops):
-            if not any(tensor.requires_grad for tensor in _tensors(model(sample))):
-                raise ApplyError("the model's answer to the sample requires no grad: nothing trained takes part in it")
-        again = _Watch(model, random)
-        with again.hooks():
-            model(sample)
-        steady = [(call.module, call.number) for call in again.found] == [(c.module, c.number) for c in first.found]
-        if not steady:
-            reason = "its parts are not called in a fixed order"
-            return Prefix((), {"": reason}, _size(sample), 0, flops.get_total_flops() // len(sample))
-        read = _read(model, sample, {(call.module, call.number) for call in first.found})
-    batch = len(sample)
-    calls, reasons, saved = [], dict(first.reasons), 0
-    for found in first.found:
-        if any(len(shape) == 0 or shape[0] % batch for shape in found.shapes):
-            reasons[found.module] = f"no axis of images in its output: {found.shapes}"
-            continue
-        size = found.bytes // batch if (found.module, found.number) in read else 0
-        calls.append(Call(found.module, found.number, found.shapes, size))
-        saved += found.flops
-    return Prefix(tuple(calls), reasons, _size(sample), saved // batch, flops.get_total_flops() // batch)
+    pair, three = sample[:2], torch.cat([sample, sample[:1]])[:3]
+    with undisturbed(model), torch.autocast(sample.device.type, enabled=False), torch.enable_grad():
+        model.train()
+        flops = FlopCounterMode(display=False)
+        with flops:
+            seen = _watched(model, pair, random, flops.get_total_flops)
+        again = _watched(model, three, random, lambda: 0)
+        calls: tuple[Call, ...] = ()
+        if [(r.module, r.parent) for r in seen.records] != [(r.module, r.parent) for r in again.records]:
+            reasons = {"": "its parts are not called in a fixed order"}
+        else:
+            excluded = dict(seen.refused)
+            for index, (two, other) in enumerate(zip(seen.records, again.records, strict=True)):
+                if index not in excluded and (why := _varies(two, other)):
+                    excluded[index] = why
+            kept, read = _settled(model, pair, seen.records, excluded)
+            reasons = _reasons(seen.records, excluded)
+            if kept and _IMAGE in read:
+                reasons[""] = "what is trained reads the image itself"
+            else:
+                calls = tuple(_call(seen.records, kept, index, read) for index in kept)
+    return Prefix(calls, reasons, tuple(sample.shape[1:]), sample.dtype, flops.get_total_flops() // 2)
 
 
-@dataclass
-class _Found:
-    module: str
-    number: int
-    shapes: tuple[tuple[int, ...], ...]
-    bytes: int
-    flops: int
+Around = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
-class _Watch:
-    """One forward pass, watched: the outermost calls that can be memoised."""
+@contextlib.contextmanager
+def intercepted(modules: Iterable[nn.Module], around: Around) -> Iterator[None]:
+    """Let every call of these modules go to ``around(module, forward, args, kwargs)`` while the context is open.
 
-    def __init__(self, model: nn.Module, random: Mapping[str, str]):
-        self.found: list[_Found] = []
-        self.reasons: dict[str, str] = {}
-        self._model = model
-        self._name = {id(module): name for name, found in names.modules(model).items() for module in found}
-        self._still = {id(m): not any(p.requires_grad for p in m.parameters()) for m in model.modules()}
-        live = {id(m): _moves(m, random.get(self._name[id(m)], "")) for m in model.modules()}
-        self._why = {id(m): next((live[id(p)] for p in m.modules() if live[id(p)]), "") for m in model.modules()}
-        self._counts: dict[str, int] = {}
-        self._open: list[tuple[int, int]] = []  # finds and FLOPs when a call began
+    ``forward`` on the instance stands in for the class's, so calls that pass by hooks are seen too.
+    """
+    before: list[tuple[nn.Module, Any]] = []
+    try:
+        for module in modules:
+            before.append((module, module.__dict__.get("forward")))
+            module.__dict__["forward"] = functools.partial(_called, around, module, module.forward)
+        yield
+    finally:
+        for module, own in reversed(before):
+            if own is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = own
 
-    @contextlib.contextmanager
-    def hooks(self, flops: Callable[[], int] = lambda: 0) -> Iterator[None]:
-        """Watch every call while the context is open."""
 
-        def before(module: nn.Module, inputs: Any) -> None:
-            self._open.append((len(self.found), flops()))
+def _called(around: Around, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return around(module, forward, args, kwargs)
 
-        def after(module: nn.Module, inputs: Any, output: Any) -> None:
-            begun, started = self._open.pop()
-            found = self._judge(module, output, flops() - started)
-            if found is not None:
-                del self.found[begun:]  # what it called itself
-                self.found.append(found)
 
-        handles = [m.register_forward_pre_hook(before) for m in self._model.modules() if m is not self._model]
-        handles += [m.register_forward_hook(after) for m in self._model.modules() if m is not self._model]
+def named(model: nn.Module) -> dict[int, str]:
+    """Return ``id`` of each module below a model -> its first canonical name."""
+    found: dict[int, str] = {}
+    for name, live in names.modules(model).items():
+        for module in live:
+            found.setdefault(id(module), name)
+    found.pop(id(model), None)
+    return found
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Return every tensor in an answer, however it is nested."""
+    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run passes in any mode; modes, buffers and random states are the caller's again afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng():
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            for module, mode in modes.items():
+                module.training = mode
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if buffer.shape == value.shape:
+                        buffer.copy_(value)
 
-    def _judge(self, module: nn.Module, output: Any, flops: int) -> _Found | None:
-        tensors = _tensors(output)
-        name = self._name[id(module)]
-        number = self._counts[name] = self._counts.get(name, -1) + 1
-        if not tensors or any(tensor.requires_grad for tensor in tensors):
-            if self._still[id(module)] and any(True for _ in module.parameters()):
-                self._note(name, "behind what is trained")
-            return None
-        if self._why[id(module)]:
-            self._note(name, self._why[id(module)])
-            return None
-        shapes = tuple(tuple(tensor.shape) for tensor in tensors)
-        return _Found(name, number, shapes, sum(tensor.nbytes for tensor in tensors), flops)
 
-    def _note(self, name: str, reason: str) -> None:
-        below = [other for other in self.reasons if other.startswith(f"{name}.")]
-        for other in below:
-            del self.reasons[other]
-        self.reasons[name] = reason
+@dataclass
+class _Record:
+    """A call as it was seen."""
+
+    module: str
+    parent: int
+    """Index of the call that it stands in, -1 for the model's own."""
+    bare: bool
+    """Whether the module has no parameters."""
+    inputs: frozenset[int]
+    """``id`` of the tensors that it got."""
+    changed: frozenset[int] = frozenset()
+    """``id`` of those of them that it changed in place."""
+    leaves: list[Any] = field(default_factory=list)
+    structure: TreeSpec | None = None
+    flops: int = 0
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+
+@dataclass
+class _Seen:
+    records: list[_Record]
+    refused: dict[int, str]
+    """Index of a call that cannot be memoised -> why; empty where there is nothing to say."""
+
+
+def _watched(model: nn.Module, sample: Tensor, random: Mapping[str, str], flops: Callable[[], int]) -> _Seen:
+    """Run a pass and write down every call in it."""
+    name = named(model)
+    frozen = {id(m): not any(p.requires_grad for p in m.parameters()) for m in model.modules()}
+    bare = {id(m): not any(True for _ in m.parameters()) for m in model.modules()}
+    moves = {id(m): _moves(m, random.get(name.get(id(m), ""), "")) for m in model.modules()}
+    below = {id(m): next((moves[id(p)] for p in m.modules() if moves[id(p)]), "") for m in model.modules()}
+    seen, open_, alive = _Seen([], {}), [-1], [sample]
+
+    def around(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = tensors((args, kwargs))
+        versions = {id(tensor): tensor._version for tensor in given}
+        alive.extend(given)  # an id is only one's own while its tensor lives
+        index, record = len(seen.records), _Record(name[id(module)], open_[-1], bare[id(module)], frozenset(versions))
+        seen.records.append(record)
+        open_.append(index)
+        started = flops()
+        answer = forward(*args, **kwargs)
+        open_.pop()
+        record.flops = flops() - started
+        record.leaves, record.structure = tree_flatten(answer)
+        record.changed = frozenset(id(tensor) for tensor in given if tensor._version != versions[id(tensor)])
+        alive.extend(record.tensors)
+        why = _refusal(record, below[id(module)], frozen[id(module)])
+        if why is not None:
+            seen.refused[index] = why
+        if moves[id(module)]:  # from here on autograd follows what is random
+            marked = [_marked(leaf) for leaf in record.leaves]
+            answer = tree_unflatten(marked, record.structure)
+        return answer
+
+    with intercepted([m for m in model.modules() if id(m) in name], around):
+        if not any(tensor.requires_grad for tensor in tensors(model(sample))):
+            raise ApplyError("the model's answer to the sample requires no grad: nothing trained takes part in it")
+    return seen
+
+
+def _marked(leaf: Any) -> Any:
+    wanted = isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.requires_grad
+    return leaf.detach().clone().requires_grad_().clone() if wanted else leaf
 
 
 def _moves(module: nn.Module, random: str) -> str:
@@ -202,78 +326,155 @@ def _moves(module: nn.Module, random: str) -> str:
     return f"random: {random}" if random else ""
 
 
-def _read(model: nn.Module, sample: Tensor, calls: set[tuple[str, int]]) -> set[tuple[str, int]]:
-    """The calls whose outputs the rest of the pass reads: those whose stand-in gets a gradient."""
-    leaves: list[tuple[tuple[str, int], Tensor]] = []
-    counts: dict[str, int] = {}
-
-    def leaf(key: tuple[str, int], tensor: Tensor) -> Tensor:
-        found = tensor.detach().clone()
-        leaves.append((key, found))
-        # a copy of the leaf may be changed in place, as a leaf may not; what has no gradient counts as read
-        return found.requires_grad_().clone() if found.is_floating_point() else tensor
-
-    def stand_in(name: str) -> Callable[[nn.Module, Any, Any], Any]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-            key = (name, counts.setdefault(name, 0))
-            counts[name] += 1
-            return _mapped(output, lambda tensor: leaf(key, tensor)) if key in calls else None
-
-        return hook
-
-    wanted = {name for name, _ in calls}
-    handles = [
-        module.register_forward_hook(stand_in(name))
-        for name, found in names.modules(model).items()
-        if name in wanted
-        for module in found[-1:]
-    ]
-    try:
-        outputs = [tensor for tensor in _tensors(model(sample)) if tensor.requires_grad]
-    finally:
-        for handle in handles:
-            handle.remove()
-    asked = [tensor for _, tensor in leaves if tensor.requires_grad]
-    gradients = iter(torch.autograd.grad([o.sum() for o in outputs], asked, allow_unused=True) if asked else ())
-    return {key for key, tensor in leaves if not tensor.requires_grad or next(gradients) is not None}
+def _refusal(record: _Record, moves: str, frozen: bool) -> str | None:
+    """Why a call cannot be memoised; empty where there is nothing to say, None where it can be."""
+    found = record.tensors
+    if not found:
+        return ""
+    if any(tensor.requires_grad for tensor in found):
+        return "behind what is trained" if frozen and not record.bare and not moves else moves if frozen else ""
+    if moves:
+        return moves
+    for leaf in record.leaves:
+        if isinstance(leaf, Tensor) and not leaf.is_floating_point():
+            return f"it gives {str(leaf.dtype).removeprefix('torch.')}, and only floating-point numbers are kept"
+        if not isinstance(leaf, (Tensor, *_CONSTANTS)):
+            return f"it gives a {type(leaf).__name__}, which cannot be kept"
+    return None
 
 
-@contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run passes in train mode and give modes, buffers and random states back."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng(), torch.enable_grad():
-        try:
-            model.train()
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    if buffer.shape == value.shape:
-                        buffer.copy_(value)
+def _varies(two: _Record, three: _Record) -> str:
+    """Why a call over two images is not like the same call over three; empty if it is."""
+    if two.structure != three.structure or len(two.leaves) != len(three.leaves):
+        return "its answer has another structure for another number of images"
+    for a, b in zip(two.leaves, three.leaves, strict=True):
+        if not isinstance(a, Tensor):
+            if a != b:
+                return f"it gives {a!r} for two images and {b!r} for three"
+            continue
+        rows = a.shape[0] // 2 if a.ndim else 0
+        if not rows or a.shape[0] != 2 * rows or b.shape[0] != 3 * rows or a.shape[1:] != b.shape[1:]:
+            return f"no axis of images in its output: {tuple(a.shape)} for two, {tuple(b.shape)} for three"
+    return ""
 
 
-def _size(sample: Tensor) -> int:
-    return sample.nbytes // len(sample)
+def _outermost(records: Sequence[_Record], excluded: Collection[int]) -> list[int]:
+    """The calls that are memoised: not excluded, and in none that is."""
+    kept: list[int] = []
+    inside: set[int] = set()
+    for index, record in enumerate(records):
+        if record.parent in inside:
+            inside.add(index)
+        elif index not in excluded:
+            kept.append(index)
+            inside.add(index)
+    return kept
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """Every tensor in an output, however it is nested."""
-    if isinstance(value, Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
+def _settled(
+    model: nn.Module, sample: Tensor, records: Sequence[_Record], excluded: dict[int, str]
+) -> tuple[list[int], set[_Leaf]]:
+    """The memoised calls and what of them is read, after those that only work when they run are excluded."""
+    while True:
+        kept = _outermost(records, excluded)
+        read = _read(model, sample, records, kept)
+        read_calls = [index for index in kept if any((index, at) in read for at in range(len(records[index].tensors)))]
+        given: dict[int, int] = {}  # a tensor that several calls give is the first one's
+        for index in read_calls:
+            for tensor in records[index].tensors:
+                given.setdefault(id(tensor), index)
+        conflicts = {
+            index: "it changes in place what the rest of the pass reads"
+            for index in kept
+            if any(given.get(changed, index) != index for changed in records[index].changed)
+        }
+        if not conflicts:  # what has no parameters and works on what is kept anyway is cheaper to run
+            conflicts = {
+                index: ""
+                for index in read_calls
+                if records[index].bare
+                and records[index].inputs
+                and all(given.get(tensor, index) < index for tensor in records[index].inputs)
+            }
+        if not conflicts:
+            return kept, read
+        excluded.update(conflicts)
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return type(value)({key: _mapped(part, change) for key, part in value.items()})  # type: ignore[call-arg]
-    if isinstance(value, (list, tuple)):
-        parts = [_mapped(part, change) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
+_Leaf = tuple[int, int]
+"""Index of a call, and which of its tensors."""
+_IMAGE: _Leaf = (-1, 0)
+
+
+def _read(model: nn.Module, sample: Tensor, records: Sequence[_Record], kept: Sequence[int]) -> set[_Leaf]:
+    """The tensors that the rest of the pass reads: those whose stand-in gets a gradient, or is written into."""
+    waiting = {(records[index].module, visible_number(records, kept, index)): index for index in kept}
+    name, counts = named(model), Counter[str]()
+    sources: dict[_Leaf, Tensor] = {}
+    copies: dict[_Leaf, Tensor] = {}
+
+    def stand_in(leaf: _Leaf, tensor: Tensor) -> Tensor:
+        sources[leaf] = tensor.detach().clone().requires_grad_()
+        copies[leaf] = sources[leaf].clone()  # a leaf must not be changed in place, a copy may be
+        return copies[leaf]
+
+    def around(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        key = (name[id(module)], counts[name[id(module)]])
+        counts[name[id(module)]] += 1
+        if key not in waiting:
+            return forward(*args, **kwargs)
+        record, index = records[waiting[key]], waiting[key]
+        assert record.structure is not None
+        found = iter(stand_in((index, at), tensor) for at, tensor in enumerate(record.tensors))
+        leaves = [next(found) if isinstance(leaf, Tensor) else leaf for leaf in record.leaves]
+        return tree_unflatten(leaves, record.structure)
+
+    wanted = {records[index].module for index in kept}
+    with intercepted([m for m in model.modules() if name.get(id(m)) in wanted], around):
+        image = stand_in(_IMAGE, sample) if sample.is_floating_point() else sample
+        outputs = [tensor.sum() for tensor in tensors(model(image)) if tensor.requires_grad]
+    found: set[_Leaf] = set()
+    if outputs:
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(outputs, list(sources.values()), allow_unused=True)
+        found = {leaf for leaf, gradient in zip(sources, gradients, strict=True) if gradient is not None}
+    return found | {leaf for leaf, copy in copies.items() if copy._version and leaf != _IMAGE}
+
+
+def visible_number(records: Sequence[_Record], kept: Sequence[int], index: int) -> int:
+    """Which call of its module a call is, where calls inside memoised calls are not seen."""
+    inside: set[int] = set()
+    count = 0
+    for at, record in enumerate(records[:index]):
+        if record.parent in inside or record.parent in kept:
+            inside.add(at)
+        elif record.module == records[index].module:
+            count += 1
+    return count
+
+
+def _call(records: Sequence[_Record], kept: Sequence[int], index: int, read: set[_Leaf]) -> Call:
+    record = records[index]
+    assert record.structure is not None
+    outputs = tuple(
+        Output((tensor.shape[0] // 2, *tensor.shape[1:]), tensor.dtype, _order(tensor), (index, at) in read)
+        for at, tensor in enumerate(record.tensors)
+    )
+    constants = tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in record.leaves)
+    number = visible_number(records, kept, index)
+    return Call(record.module, number, outputs, record.flops // 2, record.structure, constants)
+
+
+def _order(tensor: Tensor) -> tuple[int, ...]:
+    strides = tensor.stride()
+    axes = sorted(range(tensor.ndim), key=lambda axis: (-strides[axis], axis))
+    return tuple(axes) if axes[0] == 0 else tuple(range(tensor.ndim))
+
+
+def _reasons(records: Sequence[_Record], excluded: Mapping[int, str]) -> dict[str, str]:
+    """Frozen module -> why it runs each time; the outermost ones, in the order of the pass."""
+    found = {records[index].module: why for index, why in sorted(excluded.items()) if why}
+    return {
+        name: why
+        for name, why in found.items()
+        if not any(other != name and name.startswith(f"{other}.") for other in found)
+    }

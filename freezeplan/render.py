@@ -6,7 +6,9 @@ Results go to stdout, problems to stderr. Text that a user wrote is printed with
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -20,6 +22,7 @@ from freezeplan.errors import FreezePlanError
 from freezeplan.plan import Plan
 from freezeplan.report import Node, count, phase_end, rule_line, tree
 from freezeplan.resolution import Resolution
+from freezeplan.store import Entry
 
 
 def stdout() -> Console:
@@ -148,6 +151,23 @@ def print_presets(presets: Mapping[str, Plan]) -> None:
     for name, plan in presets.items():
         table.add_row(Text(name), Text(plan.description or ""))
     stdout().print(table)
+
+
+def print_entries(directory: Path, entries: Sequence[Entry]) -> None:
+    """Print what a folder keeps of features, and how much that is together."""
+    if not entries:
+        stdout().print(f"{directory}: no features are kept", soft_wrap=True)
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for title in ("key", "model", "plan", "up to", "dtype", "shards", "bytes", "used"):
+        table.add_column(title, justify="right" if title in ("shards", "bytes") else "left")
+    for entry in entries:
+        about = entry.about
+        facts = (about["model"], about["plan"], ", ".join(about["memoised"]), about["dtype"], str(entry.shards))
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
+        table.add_row(*map(Text, (entry.key, *facts, f"{entry.bytes:,}", used)))
+    stdout().print(table)
+    stdout().print(f"{directory}: {sum(entry.bytes for entry in entries):,} bytes", soft_wrap=True)
 
 
 def _shorten(lines: tuple[str, ...], limit: int = 8) -> tuple[str, ...]:

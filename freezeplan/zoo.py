@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import importlib
+import importlib.metadata
 import inspect
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping
@@ -146,6 +147,11 @@ def describe(model: nn.Module) -> Description:
         unplaced=depth.unplaced,
         no_decay=frozenset(_no_decay(tensors, listed)),
     )
+
+
+def version() -> str:
+    """Return timm's version."""
+    return importlib.metadata.version("timm")
 
 
 def title(model: nn.Module) -> str:

@@ -32,6 +32,9 @@ CORE = [
     "phases",
     "guard",
     "prefix",
+    "replay",
+    "store",
+    "cache",
     "facade",
     "report",
     "explain",
@@ -48,6 +51,7 @@ ONLY = {"timm": {"zoo"}, "rich": {"render"}, "matplotlib": {"picture"}, "typer":
 """Package -> the modules of the core that may import it."""
 
 NO_TORCH = {
+    "store",
     "resolution",
     "dump",
     "picture",

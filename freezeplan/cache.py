@@ -1,0 +1,422 @@
+"""Features on disk: the output of the frozen part for every image, computed once, in memory-mapped shards.
+
+A shard's name is a digest of the images in it, its folder's of all else that decides, so features of other images,
+another crop or other weights cannot be taken for these. A shard is written under another name first and then renamed,
+by the one process that holds its lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from freezeplan import guard, names, store, zoo
+from freezeplan.errors import ApplyError, FreezePlanError
+from freezeplan.prefix import Prefix
+from freezeplan.replay import capture, close
+from freezeplan.resolution import Resolution
+
+FeatureDtype = Literal["float32", "float16", "bfloat16"]
+SHARD_BYTES = 64 * 2**20
+"""Features of a shard, about."""
+SHARD_IMAGE_BYTES = 256 * 2**20
+"""Images of a shard, about: they are in memory until it is known whether their features are there."""
+_TOLERANCE = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 2e-2}
+
+
+class Features(Dataset[Any]):
+    """Features of a data set's images, in their order, each with what the data set gives beside the image.
+
+    An item is ``(features, *targets)``, features of shape (E,), or features alone where the data set gives images
+    alone. With K views an item is one of an image's K, drawn by torch's random state.
+
+    Args:
+        shards: The files, in order.
+        rows: Rows of each of them but the last.
+        targets: What stands beside each row, view by view; None: nothing.
+        count: Number of images.
+        views: Number of views of each.
+        computed: Rows that were computed and not found on disk.
+        seconds: That computing them took.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        rows: int,
+        targets: Sequence[tuple[Any, ...] | None],
+        *,
+        count: int,
+        views: int,
+        computed: int = 0,
+        seconds: float = 0.0,
+    ):
+        self._shards, self._rows, self._targets = tuple(shards), rows, list(targets)
+        self._count, self.views = count, views
+        self.computed = computed
+        self.seconds = seconds
+        self._open: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Any:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        row = self._row(index % len(self))
+        return self._item(row, self._features(row).clone())
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        """Return several items, as a loader asks for them; it copies them into a batch."""
+        rows = [self._row(index) for index in indices]
+        return [self._item(row, self._features(row)) for row in rows]
+
+    def batch(self, indices: Sequence[int] | Tensor, view: int = 0) -> Tensor:
+        """Return the features of some images.
+
+        Args:
+            indices: Which images, N of them.
+            view: Which view of them.
+
+        Returns:
+            (N, E), in memory.
+        """
+        found = indices.tolist() if isinstance(indices, Tensor) else indices
+        return torch.stack([self._features(view * self._count + index) for index in found])
+
+    def _row(self, index: int) -> int:
+        view = int(torch.randint(self.views, ())) if self.views > 1 else 0
+        return view * self._count + index
+
+    def _features(self, row: int) -> Tensor:
+        number, at = divmod(row, self._rows)
+        if number not in self._open:
+            with safe_open(self._shards[number], "pt") as file:
+                self._open[number] = file.get_tensor("features")
+        return self._open[number][at]
+
+    def _item(self, row: int, features: Tensor) -> Any:
+        targets = self._targets[row]
+        return features if targets is None else (features, *targets)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # another process maps the files itself
+
+
+def key(model: nn.Module, part: Resolution, prefix: Prefix, dtype: FeatureDtype, device: torch.device) -> str:
+    """Return a digest of all that decides about features but the images.
+
+    Frozen parameters and buffers, bit by bit; which outputs are kept; the modules' own settings; the numbers that are
+    computed with; the versions of torch and timm.
+    """
+    found = hashlib.sha256()
+    live = names.modules(model)
+    facts = {
+        "format": 1,
+        "model": [zoo.title(model), type(model).__module__, type(model).__qualname__],
+        "calls": [(call.module, call.number, repr(call.outputs), repr(live.get(call.module))) for call in prefix.calls],
+        "image": [prefix.image_shape, str(prefix.image_dtype)],
+        "dtype": dtype,
+        "device": device.type,
+        "autocast": str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else "",
+        "precision": torch.get_float32_matmul_precision(),
+        "versions": [torch.__version__, zoo.version()],
+    }
+    found.update(json.dumps(facts).encode())
+    for name, tensors in guard.still(model, part):
+        found.update(f"{name} {guard.digest(tensors)}".encode())
+    return found.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Where the frozen part ends in one phase, and where its features are kept."""
+
+    prefix: Prefix
+    folder: Path
+
+
+def fill(
+    model: nn.Module,
+    boundaries: Sequence[Boundary],
+    dataset: Dataset[Any],
+    *,
+    views: int,
+    seed: int,
+    dtype: FeatureDtype,
+    batch_size: int,
+    device: torch.device,
+    workers: int,
+    limit: int | None,
+) -> Features:
+    """Compute what is not there yet, and return the features of the first boundary.
+
+    Every image is read once, to know whose features they are; the model runs on those of shards that are missing. What
+    another process is writing is left to it. ``AppliedPlan.cached`` says what the arguments are.
+
+    Raises:
+        FreezePlanError: If the features do not fit on the disk or under the limit, an image has another shape, or a
+            feature is too large for the data type.
+    """
+    reader = _Reader(dataset, views, seed)
+    first = boundaries[0].prefix
+    bytes_of = [b.prefix.elements * getattr(torch, dtype).itemsize for b in boundaries]
+    most = max(1, min(SHARD_BYTES // max(bytes_of), SHARD_IMAGE_BYTES // first.image_bytes) // batch_size)
+    rows = most * batch_size
+    directory = boundaries[0].folder.parent
+    if limit is not None:
+        _check_limit(directory, len(reader) * sum(bytes_of), limit)
+    targets: list[tuple[Any, ...] | None] = []
+    shards: list[list[Path]] = [[] for _ in boundaries]
+    waiting: list[tuple[int, Path]] = []
+    computed, seconds = 0, 0.0
+
+    def write(batches: list[Tensor], missing: Sequence[tuple[int, Path]]) -> None:
+        nonlocal computed, seconds
+        store.check_room(directory, sum(bytes_of[at] for at, _ in missing) * sum(map(len, batches)), limit)
+        started = time.perf_counter()
+        prefixes = [boundaries[at].prefix for at, _ in missing]
+        parts = [capture(model, prefixes, batch.to(device)) for batch in batches]
+        for column, (_, path) in enumerate(missing):
+            _write(path, torch.cat([_stored(part[column], dtype) for part in parts]))
+        computed += sum(map(len, batches))
+        seconds += time.perf_counter() - started
+
+    for number, (batches, found) in enumerate(_shards(reader, first, batch_size, most, workers)):
+        targets += found
+        name = _digest(batches) + store.SUFFIX
+        paths = [boundary.folder / name for boundary in boundaries]
+        for at, path in enumerate(paths):
+            shards[at].append(path)
+        missing = [(at, p) for at, p in enumerate(paths) if not _whole(p, sum(map(len, batches)), boundaries[at])]
+        with _locked([path for _, path in missing]) as held:
+            mine = [(at, path) for at, path in missing if path in held]
+            mine = [(at, p) for at, p in mine if not _whole(p, sum(map(len, batches)), boundaries[at])]
+            if mine:
+                write(batches, mine)
+            if any(at == 0 and path not in held for at, path in missing):
+                waiting.append((number, paths[0]))
+    for number, path in waiting:
+        with _locked([path], timeout=-1):
+            part = _Rows(reader, range(number * rows, min((number + 1) * rows, len(reader))))
+            batches, _ = next(_shards(part, first, batch_size, most, 0))
+            if not _whole(path, sum(map(len, batches)), boundaries[0]):
+                write(batches, [(0, path)])
+    return Features(
+        shards[0], rows, targets, count=len(reader) // views, views=views, computed=computed, seconds=seconds
+    )
+
+
+def check_stored(model: nn.Module, prefix: Prefix, images: Tensor, features: Features, dtype: FeatureDtype) -> None:
+    """Compare the first stored rows with features computed now.
+
+    Raises:
+        ApplyError: If they differ: something that no digest covers has changed.
+    """
+    fresh = capture(model, [prefix], images)[0].cpu()
+    stored = features.batch(range(min(len(fresh), len(features))))
+    if not close(fresh[: len(stored)], stored, _TOLERANCE[dtype]):
+        raise ApplyError(
+            "the features on disk are not those that the model gives now",
+            notes=["freezeplan cache rm, then again; if it stays so, the frozen part is not deterministic"],
+        )
+
+
+def image_of(item: Any) -> Tensor:
+    """Return the image of a data set's item: the item itself, or its first part.
+
+    Raises:
+        ApplyError: If there is no image.
+    """
+    image = item[0] if isinstance(item, (tuple, list)) and item else item
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        found = f"{image.dtype} tensor" if isinstance(image, Tensor) else type(image).__name__
+        raise ApplyError(
+            f"an item of the data set is an image, or begins with one, as a floating-point tensor; found a {found}",
+            notes=["let the data set's transform end in ToTensor and Normalize, as for training"],
+        )
+    return image
+
+
+def check_fixed(dataset: Dataset[Any], views: int, seed: int) -> None:
+    """Refuse images that are not the same twice.
+
+    Raises:
+        ApplyError: If the data set augments at random and no views were asked for, or in a way that no seed reaches.
+    """
+    count = len(dataset)  # type: ignore[arg-type]
+    for index in sorted({at * count // 16 for at in range(16)}):
+        if views == 1:
+            pair = [_seeded(dataset, index, chosen) for chosen in (1, 2)]
+            if not torch.equal(*map(image_of, pair)):
+                raise ApplyError(
+                    f"image {index} is not the same twice: the data set augments at random, and features are computed "
+                    "once",
+                    notes=["views=4 keeps four fixed augmented versions of each image; or take the augmentation out"],
+                )
+        else:
+            pair = [_seeded(dataset, index, seed) for _ in range(2)]
+            if not torch.equal(*map(image_of, pair)):
+                raise ApplyError(
+                    f"image {index} is not the same twice for the same seed: its augmentation draws from a random "
+                    "state of its own",
+                    notes=["let it draw from torch's, NumPy's or Python's global random state"],
+                )
+
+
+def first_images(dataset: Dataset[Any], views: int, seed: int) -> Tensor:
+    """Return the first three images, of their first view; (3, C, H, W), some of them twice where there are fewer."""
+    reader = _Reader(dataset, views, seed)
+    with _own_random_state():
+        return torch.stack([image_of(reader[row % len(dataset)]) for row in range(3)])  # type: ignore[arg-type]
+
+
+@contextmanager
+def _own_random_state() -> Iterator[None]:
+    """Whatever is drawn or seeded here, the caller's random states stay as they are."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def _seeded(dataset: Dataset[Any], index: int, seed: int) -> Any:
+    with _own_random_state():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        return dataset[index]
+
+
+class _Reader(Dataset[Any]):
+    """Every view of every image, view by view; each view is drawn from a seed of its own."""
+
+    def __init__(self, dataset: Dataset[Any], views: int, seed: int):
+        self.dataset, self.views, self.seed = dataset, views, seed
+
+    def __len__(self) -> int:
+        return self.views * len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, row: int) -> Any:
+        view, index = divmod(row, len(self.dataset))  # type: ignore[arg-type]
+        if self.views == 1:
+            return self.dataset[index]
+        digest = hashlib.sha256(f"{self.seed} {view} {index}".encode()).digest()
+        return _seeded(self.dataset, index, int.from_bytes(digest[:7], "big"))
+
+
+class _Rows(Dataset[Any]):
+    def __init__(self, dataset: Dataset[Any], rows: range):
+        self.dataset, self.rows = dataset, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.dataset[self.rows[row]]
+
+
+def _shards(
+    reader: Dataset[Any], prefix: Prefix, batch_size: int, most: int, workers: int
+) -> Iterator[tuple[list[Tensor], list[tuple[Any, ...] | None]]]:
+    """The images of one shard after the other, in batches, and what stands beside them."""
+    collate: Callable[[list[Any]], list[Any]] = list
+    batches = iter(DataLoader(reader, batch_size=batch_size, num_workers=workers, collate_fn=collate))
+    row = 0
+    while shard := list(islice(batches, most)):
+        stacked: list[Tensor] = []
+        targets: list[tuple[Any, ...] | None] = []
+        for items in shard:
+            images = [image_of(item) for item in items]
+            for image in images:
+                if tuple(image.shape) != prefix.image_shape or image.dtype != prefix.image_dtype:
+                    raise FreezePlanError(
+                        f"row {row} is {image.dtype} of shape {tuple(image.shape)}, the first image "
+                        f"{prefix.image_dtype} of shape {prefix.image_shape}",
+                        notes=["features are kept of images of one size: resize and crop them in the transform"],
+                    )
+                row += 1
+            stacked.append(torch.stack(images))
+            targets += [tuple(item[1:]) if isinstance(item, (tuple, list)) else None for item in items]
+        yield stacked, targets
+
+
+def _digest(batches: list[Tensor]) -> str:
+    found = hashlib.sha256()
+    for batch in batches:
+        found.update(f"{batch.dtype}{tuple(batch.shape)}".encode())
+        found.update(batch.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:32]
+
+
+def _stored(features: Tensor, dtype: FeatureDtype) -> Tensor:
+    found = features.to(getattr(torch, dtype))
+    if bool(features.isfinite().all()) and not bool(found.isfinite().all()):
+        raise FreezePlanError(
+            f"a feature of {float(features.abs().max()):.3g} is too large for {dtype}",
+            notes=["dtype='bfloat16' or 'float32'"],
+        )
+    return found.cpu()
+
+
+def _write(path: Path, features: Tensor) -> None:
+    temporary = path.with_suffix(".tmp")
+    save_file({"features": features.contiguous()}, temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _whole(path: Path, rows: int, boundary: Boundary) -> bool:
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.get_slice("features").get_shape()) == [rows, boundary.prefix.elements]
+    except (FileNotFoundError, SafetensorError, OSError):
+        return False
+
+
+@contextmanager
+def _locked(paths: Sequence[Path], timeout: float = 0) -> Iterator[set[Path]]:
+    """Hold the locks of those of these files that nobody else writes within so many seconds; -1: wait for each."""
+    held: dict[Path, FileLock] = {}
+    try:
+        for path in paths:
+            lock = FileLock(f"{path}.lock")
+            try:
+                lock.acquire(timeout=timeout)
+            except Timeout:
+                continue
+            held[path] = lock
+        yield set(held)
+    finally:
+        for path, lock in held.items():
+            Path(f"{path}.lock").unlink(missing_ok=True)  # the file is there: who waits for the lock will see it
+            lock.release()
+
+
+def _check_limit(directory: Path, needed: int, limit: int) -> None:
+    if needed > limit:
+        raise FreezePlanError(
+            f"{directory}: these features take {needed:,} bytes, and the limit is {limit:,}",
+            notes=["a larger limit, fewer views, or dtype='float16'"],
+        )

@@ -1,0 +1,287 @@
+"""Passes in which memoised calls are not run: they give what was kept of them. And the proof that nothing changes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freezeplan import names
+from freezeplan.errors import ApplyError
+from freezeplan.prefix import Call, Output, Prefix, intercepted, named, tensors, undisturbed
+
+
+class Rest(nn.Module):
+    """The part of a model that is left to run on features: what is trained, and what stands behind it.
+
+    Its parameters are the trained parameters of the model, the same objects under the same names, and so are the
+    modules that hold nothing else: an optimizer, an average of weights or a checkpoint made from one is good for the
+    other. ``train``, ``eval`` and ``to`` act on the whole model.
+
+    Args:
+        model: With a live plan.
+        prefix: What ``watch`` found on it.
+    """
+
+    _model: nn.Module
+    _parts: dict[str, list[nn.Module]]
+    _frozen: list[nn.Parameter]
+    _prefix: Prefix
+
+    def __init__(self, model: nn.Module, prefix: Prefix):
+        super().__init__()
+        self.__dict__["_model"] = model  # not registered: its frozen parameters are not this module's
+        self.__dict__["_prefix"] = prefix
+        memoised = {call.module for call in prefix.calls}
+        self.__dict__["_parts"] = {n: found for n, found in names.modules(model).items() if n in memoised}
+        self.__dict__["_frozen"] = [p for found in self._parts.values() for m in found for p in m.parameters()]
+        _adopt(self, model)
+        self.training = model.training
+
+    def forward(self, features: Tensor) -> Any:
+        """Return what the model returns for the images that these features are of.
+
+        Args:
+            features: (N, E), as ``capture`` or a dataset of features gives them.
+
+        Raises:
+            ApplyError: If a parameter of the memoised part is trained now.
+        """
+        if any(parameter.requires_grad for parameter in self._frozen):
+            raise ApplyError(
+                "what these features were computed with is trained now, so they are of no use",
+                notes=["after a new phase: features, rest = applied.cached(...) again"],
+            )
+        answers = dict(_unpacked(self._prefix, features))
+        name = {id(module): n for n, found in self._parts.items() for module in found}
+        counts = Counter[str]()
+
+        def around(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            key = (name[id(module)], counts[name[id(module)]])
+            counts[key[0]] += 1
+            return answers[key] if key in answers else forward(*args, **kwargs)
+
+        with intercepted([module for found in self._parts.values() for module in found], around):
+            prefix = self._prefix
+            return self._model(_nothing(features, (len(features), *prefix.image_shape), prefix.image_dtype))
+
+    def train(self, mode: bool = True) -> Rest:
+        """Set the mode of the whole model; what the plan holds in eval stays there."""
+        self._model.train(mode)
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rest:
+        self._model._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def _adopt(target: nn.Module, source: nn.Module) -> None:
+    """Register what is trained of a module, under its own names."""
+    for name, parameter in source.named_parameters(recurse=False):
+        if parameter.requires_grad:
+            target.register_parameter(name, parameter)
+    for name, child in source.named_children():
+        trained = {parameter.requires_grad for parameter in child.parameters()}
+        if trained == {True}:
+            target.add_module(name, child)
+        elif True in trained:
+            part = nn.Module()
+            _adopt(part, child)
+            target.add_module(name, part)
+
+
+def _unpacked(prefix: Prefix, features: Tensor) -> Iterator[tuple[tuple[str, int], Any]]:
+    """Every memoised call's answer: what was kept, and what takes no memory where nobody reads it."""
+    at, images = 0, len(features)
+    for call in prefix.calls:
+        found = []
+        for output in call.outputs:
+            rows, *others = output.shape
+            if not output.read:
+                found.append(_nothing(features, (images * rows, *others), output.dtype))
+                continue
+            part = features[:, at : at + output.elements]
+            at += output.elements
+            size = (images * rows, *others)
+            lying = part.reshape([size[axis] for axis in output.order])
+            found.append(lying.permute([output.order.index(axis) for axis in range(len(size))]).to(output.dtype))
+        yield (call.module, call.number), call.answer(found)
+
+
+def _nothing(features: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=features.device).expand(shape)
+
+
+class _Enough(Exception):  # noqa: N818  # no error: the pass may end here
+    """Everything that is kept has been seen."""
+
+
+def capture(model: nn.Module, prefixes: Sequence[Prefix], images: Tensor) -> list[Tensor]:
+    """Run a model on images up to the last output that is kept.
+
+    Args:
+        model: As it was watched. It is not changed.
+        prefixes: What ``watch`` found; several, of several phases, cost one pass.
+        images: (N, C, H, W), on the model's device.
+
+    Returns:
+        For each prefix the features, (N, E), on that device.
+    """
+    found: list[dict[tuple[str, int], list[Tensor]]] = [{} for _ in prefixes]
+    open_ = [len(prefix.stored) for prefix in prefixes]
+    with contextlib.ExitStack() as stack:
+        for at, prefix in enumerate(prefixes):
+            stack.enter_context(_collecting(model, prefix, found[at], open_, at))
+        with torch.no_grad(), contextlib.suppress(_Enough):
+            model(images)
+    return [
+        torch.cat([part for call in prefix.stored for part in seen[call.module, call.number]], 1)
+        for prefix, seen in zip(prefixes, found, strict=True)
+    ]
+
+
+def _collecting(
+    model: nn.Module, prefix: Prefix, found: dict[tuple[str, int], list[Tensor]], open_: list[int], at: int
+) -> contextlib.AbstractContextManager[None]:
+    name, counts = named(model), Counter[str]()
+    calls = {(call.module, call.number): call for call in prefix.calls}
+    wanted = {call.module for call in prefix.calls}
+    inside = False
+
+    def around(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        nonlocal inside
+        if inside:
+            return forward(*args, **kwargs)
+        key = (name[id(module)], counts[name[id(module)]])
+        counts[key[0]] += 1
+        call = calls.get(key)
+        if call is None:
+            return forward(*args, **kwargs)
+        inside = True
+        try:
+            answer = forward(*args, **kwargs)
+        finally:
+            inside = False
+        if call.bytes:
+            found[key] = _packed(call, answer)
+            open_[at] -= 1
+            if not any(open_):
+                raise _Enough
+        return answer
+
+    return intercepted([m for m in model.modules() if name.get(id(m)) in wanted], around)
+
+
+def _packed(call: Call, answer: Any) -> list[Tensor]:
+    """The outputs that are read, a row an image, as they lie in memory."""
+    read = [(output, tensor) for output, tensor in zip(call.outputs, tensors(answer), strict=True) if output.read]
+    return [_rows(output, tensor) for output, tensor in read]
+
+
+def _rows(output: Output, tensor: Tensor) -> Tensor:
+    images = tensor.shape[0] // output.shape[0]
+    return tensor.detach().permute(output.order).reshape(images, output.elements).clone()
+
+
+def prove(model: nn.Module, rest: Rest, prefix: Prefix, images: Tensor) -> None:
+    """Compare the pass over features with the plain one: answers and gradients, in eval and in train mode.
+
+    Three comparisons: as the model is; with every trained parameter changed at random, which shows what depends on it
+    without autograd knowing; and an image among others, which shows what depends on the batch. Weights, buffers, modes
+    and random states are as before afterwards.
+
+    Args:
+        model: With a live plan.
+        rest: What is to be trained on features of it.
+        prefix: What was found on it.
+        images: A batch of three, on the model's device.
+
+    Raises:
+        ApplyError: If one of them differs by more than rounding, with the name of the first module that does.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    values = [parameter.detach().clone() for parameter in trained]
+    with undisturbed(model), torch.autocast(images.device.type, enabled=False), torch.enable_grad():
+        model.train()
+        features = capture(model, [prefix], images)[0]
+        alone = capture(model, [prefix], images[1:])[0]
+        if not close(features[1:], alone):
+            raise ApplyError(
+                "an image's features depend on the other images of its batch, or on chance: they cannot be kept",
+                notes=["something in the frozen part is in train mode, or random in a way that no module shows"],
+            )
+        generator = torch.Generator().manual_seed(0)
+        try:
+            for changed in (False, True):
+                if changed:
+                    for parameter in trained:
+                        noise = torch.rand(parameter.shape, generator=generator).to(parameter)
+                        parameter.data.mul_(1 + 0.2 * noise).add_(0.01 * noise)
+                for mode in (False, True):
+                    model.train(mode)
+                    _same(model, rest, prefix, images, features, trained)
+        finally:
+            for parameter, value in zip(trained, values, strict=True):
+                parameter.data.copy_(value)
+
+
+def _same(
+    model: nn.Module, rest: Rest, prefix: Prefix, images: Tensor, features: Tensor, trained: list[nn.Parameter]
+) -> None:
+    results = []
+    for run, given in ((model, images), (rest, features)):
+        torch.manual_seed(0)
+        answers = [tensor for tensor in tensors(run(given)) if tensor.is_floating_point()]
+        total = sum((a.float().square().sum() for a in answers if a.requires_grad), images.new_zeros(()))
+        gradients: tuple[Tensor | None, ...] = ()
+        if total.requires_grad:
+            gradients = torch.autograd.grad(total, trained, allow_unused=True)
+        results.append([*answers, *(gradient for gradient in gradients if gradient is not None)])
+    plain, replayed = results
+    if len(plain) == len(replayed) and all(close(a, b) for a, b in zip(plain, replayed, strict=True)):
+        return
+    where = _first_difference(model, rest, prefix, images, features)
+    raise ApplyError(
+        f"the pass over features differs from the plain one at {where}",
+        notes=["this model cannot be trained on kept features; train it on images, with the same plan"],
+    )
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
+    """Return whether two tensors are equal but for rounding: to ``tolerance`` times the largest number in the first."""
+    if a.shape != b.shape or not a.numel():
+        return a.shape == b.shape
+    a, b = a.detach().float(), b.detach().float()
+    scale = float(a.abs().nan_to_num(0.0, 0.0, 0.0).max())
+    return bool(torch.isclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True).all())
+
+
+def _first_difference(model: nn.Module, rest: Rest, prefix: Prefix, images: Tensor, features: Tensor) -> str:
+    """Name of the first module that both passes run and that answers differently."""
+    name = named(model)
+    memoised = {call.module for call in prefix.calls}
+    seen: list[list[tuple[str, list[Tensor]]]] = []
+
+    def around(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        answer = forward(*args, **kwargs)
+        seen[-1].append((name[id(module)], [tensor.detach().clone() for tensor in tensors(answer)]))
+        return answer
+
+    live = [m for m in model.modules() if id(m) in name and not _below(name[id(m)], memoised)]
+    for run, given in ((model, images), (rest, features)):
+        torch.manual_seed(0)
+        seen.append([])
+        with intercepted(live, around), torch.no_grad():
+            run(given)
+    for (plain, a), (replayed, b) in zip(*seen, strict=False):
+        if plain != replayed or not all(close(x, y) for x, y in zip(a, b, strict=True)):
+            return repr(plain)
+    return "the model's own code, behind all modules"
+
+
+def _below(name: str, above: set[str]) -> bool:
+    return any(name == other or name.startswith(f"{other}.") for other in above)

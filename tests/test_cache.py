@@ -1,0 +1,410 @@
+"""Features on disk: computed once, never taken for others, whole or not there, and trained on like images."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from typer.testing import CliRunner
+
+from freezeplan import FreezePlanError, FreezePlanWarning, apply_plan, cache, store
+from freezeplan.cli import app
+from freezeplan.errors import ApplyError
+from freezeplan.zoo import create_model
+
+EVERYTHING = {"match": ".*", "lr_mult": 1}
+
+
+def data(count=10, size=64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.randn(count, 3, size, size, generator=generator), torch.arange(count) % 3)
+
+
+@pytest.fixture
+def live():
+    torch.manual_seed(0)
+    return apply_plan(create_model("test_resnet", num_classes=3), "linear_probe", lr=0.1)
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(cache, "SHARD_IMAGE_BYTES", 4 * 64 * 64 * 3 * 4)
+
+
+def test_features_are_the_models_answers_so_far(live, tmp_path):
+    """In the data set's order and with its targets; a second call computes nothing and gives the same bits."""
+    images, labels = data().tensors
+    features, rest = live.cached(data(), tmp_path, batch_size=2)
+    again, _ = live.cached(data(), tmp_path, batch_size=2)
+    rest.eval()
+
+    assert (features.computed, again.computed) == (10, 0)
+    assert len(list(tmp_path.glob("*/*.safetensors"))) == 3
+    assert not list(tmp_path.glob("*/*.lock")) + list(tmp_path.glob("*/*.tmp"))
+    assert torch.equal(features.batch(range(10)), again.batch(range(10)))
+    assert torch.allclose(rest(features.batch(range(10))), live.model(images), atol=1e-5)
+    assert [int(label) for _, label in (features[i] for i in range(10))] == labels.tolist()
+    with pytest.raises(IndexError):
+        features[10]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_reads_them_like_images(live, tmp_path, workers):
+    """Shuffled, by worker processes too; the two changed lines of a training loop."""
+    features, rest = live.cached(data(), tmp_path)
+    rows = features.batch(range(10))
+    loader = DataLoader(features, batch_size=4, shuffle=True, num_workers=workers)
+    seen = [(x, y) for x, y in loader]
+
+    assert sorted(len(x) for x, _ in seen) == [2, 4, 4]
+    assert all(any(torch.equal(row, x[at]) for row in rows) for x, _ in seen for at in range(len(x)))
+    assert rest(seen[0][0]).shape == (len(seen[0][0]), 3)
+    assert torch.equal(pickle.loads(pickle.dumps(features)).batch([3]), rows[3:4])
+
+
+def one_bit(live):
+    weight = live.model.layer1[0].conv1.weight if hasattr(live.model.layer1[0], "conv1") else None
+    weight = weight if weight is not None else next(live.model.layer1.parameters())
+    weight.detach().view(torch.int32).view(-1)[0] ^= 1
+
+
+def running_mean(live):
+    next(buffer for name, buffer in live.model.named_buffers() if name.endswith("running_mean"))[0] += 1e-6
+
+
+def trained(live):
+    with torch.no_grad():
+        live.model.fc.weight.add_(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "dataset", "computed"),
+    [
+        pytest.param(one_bit, data(), 10, id="one-bit-of-a-weight"),
+        pytest.param(running_mean, data(), 10, id="a-statistic"),
+        pytest.param(lambda live: None, data(size=72), 10, id="another-size"),
+        pytest.param(lambda live: None, data(seed=1), 10, id="other-images"),
+        pytest.param(trained, data(), 0, id="what-is-trained-does-not-count"),
+        pytest.param(lambda live: None, data(12), 4, id="two-more-images-touch-the-last-shard"),
+    ],
+)
+def test_old_features_are_used_only_where_nothing_changed(live, tmp_path, change, dataset, computed):
+    """Frozen weights, statistics, images and their size decide, bit by bit."""
+    live.cached(data(), tmp_path, batch_size=4)
+    change(live)
+    features, rest = live.cached(dataset, tmp_path, batch_size=4)
+    images = dataset.tensors[0]
+
+    assert features.computed == computed
+    assert torch.allclose(rest.eval()(features.batch(range(len(images)))), live.model(images), atol=1e-5)
+
+
+def test_a_damaged_shard_is_computed_again(live, tmp_path):
+    """Cut off by hand."""
+    live.cached(data(), tmp_path)
+    shard = min(tmp_path.glob("*/*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-8])
+    features, rest = live.cached(data(), tmp_path)
+
+    assert features.computed > 0
+    assert torch.allclose(rest.eval()(features.batch(range(10))), live.model(data().tensors[0]), atol=1e-5)
+
+
+def test_other_numbers_in_a_whole_shard_are_noticed(live, tmp_path):
+    """Something that no digest covers: the first rows are compared with fresh ones."""
+    live.cached(data(), tmp_path, batch_size=4)
+    for shard in tmp_path.glob("*/*.safetensors"):
+        bytes_ = bytearray(shard.read_bytes())
+        bytes_[-384 * 4 :] = bytes(384 * 4)
+        shard.write_bytes(bytes(bytes_))
+    with pytest.raises(ApplyError) as error:
+        live.cached(data(), tmp_path, batch_size=4)
+
+    assert str(error.value) == (
+        "the features on disk are not those that the model gives now\n"
+        "  freezeplan cache rm, then again; if it stays so, the frozen part is not deterministic"
+    )
+
+
+class Augmented(Dataset):
+    """Images with noise, from torch's random state, from Python's, or from one of its own."""
+
+    def __init__(self, source):
+        self.images, self.labels = data().tensors
+        self.source = source
+        self.own = torch.Generator().manual_seed(0)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        noise = {
+            "torch": lambda: torch.randn(()),
+            "python": lambda: random.random(),
+            "own": lambda: torch.randn((), generator=self.own),
+        }[self.source]()
+        return self.images[index] + noise, self.labels[index]
+
+
+def test_random_augmentation_is_refused(live, tmp_path):
+    """Without views, and where no seed reaches it."""
+    with pytest.raises(ApplyError) as one:
+        live.cached(Augmented("torch"), tmp_path)
+    with pytest.raises(ApplyError) as own:
+        live.cached(Augmented("own"), tmp_path, views=2)
+
+    assert str(one.value) == (
+        "image 0 is not the same twice: the data set augments at random, and features are computed once\n"
+        "  views=4 keeps four fixed augmented versions of each image; or take the augmentation out"
+    )
+    assert str(own.value) == (
+        "image 0 is not the same twice for the same seed: its augmentation draws from a random state of its own\n"
+        "  let it draw from torch's, NumPy's or Python's global random state"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("source", ["torch", "python"])
+def test_views_are_drawn_once_from_a_seed(live, tmp_path, source):
+    """K versions of each image, the same in every run; an item is one of them; random states stay the caller's."""
+    state, python = torch.random.get_rng_state(), random.getstate()
+    features, _ = live.cached(Augmented(source), tmp_path, views=3)
+    again, _ = live.cached(Augmented(source), tmp_path, views=3)
+    other, _ = live.cached(Augmented(source), tmp_path, views=3, seed=1)
+
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert random.getstate() == python
+    assert (len(features), features.computed, again.computed, other.computed) == (10, 30, 0, 30)
+    views = [features.batch([4], view)[0] for view in range(3)]
+    assert len({tuple(view.tolist()) for view in views}) == 3
+    drawn = {tuple(features[4][0].tolist()) for _ in range(60)}
+    assert drawn == {tuple(view.tolist()) for view in views}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("bfloat16", 2e-2)])
+def test_half_the_room(live, tmp_path, dtype, tolerance):
+    """Two bytes a number, and the error that they cost."""
+    whole, _ = live.cached(data(), tmp_path)
+    half, rest = live.cached(data(), tmp_path, dtype=dtype)
+    exact = whole.batch(range(10))
+
+    assert half[0][0].dtype is getattr(torch, dtype)
+    assert (half.batch(range(10)).float() - exact).abs().max() <= tolerance * exact.abs().max()
+    assert rest(half.batch(range(10))).dtype is torch.float32
+
+
+def test_what_a_data_type_cannot_hold_is_refused(live, tmp_path):
+    """float16 ends at 65,504; nothing is left behind."""
+    with torch.no_grad():
+        for parameter in live.model.layer4.parameters():
+            parameter.mul_(1e4)
+    with pytest.raises(FreezePlanError) as error:
+        live.cached(data(), tmp_path, dtype="float16")
+
+    assert re.fullmatch(r"a feature of \S+ is too large for float16\n  dtype='bfloat16' or 'float32'", str(error.value))
+    assert not list(tmp_path.glob("*/*.safetensors"))
+
+
+def test_a_bound_on_size_is_kept(live, tmp_path):
+    """Before it is exceeded, with what is needed and what is there."""
+    with pytest.raises(FreezePlanError) as small:
+        live.cached(data(), tmp_path, limit=1000)
+    live.cached(data(), tmp_path, limit=10_000)
+    kept = store.used(tmp_path)
+    with pytest.raises(FreezePlanError) as full:
+        live.cached(data(seed=1), tmp_path, limit=kept + 1000)
+
+    assert str(small.value) == (
+        f"{tmp_path}: these features take 3,840 bytes, and the limit is 1,000\n"
+        "  a larger limit, fewer views, or dtype='float16'"
+    )
+    assert str(full.value) == (
+        f"{tmp_path}: 3,840 bytes of features would make {kept + 3840:,}, and the limit is {kept + 1000:,}\n"
+        f"  freezeplan cache rm --dir {tmp_path} KEY, a larger limit, or dtype='float16'"
+    )
+    assert store.used(tmp_path) <= kept + 1000
+
+
+def test_what_is_no_image_is_named(live, tmp_path):
+    """Bytes, other things, and images of several sizes."""
+    mixed = [*data(5), *data(5, size=72)]
+    messages = []
+    for wrong in ([(torch.zeros(3, 8, 8, dtype=torch.uint8), 0)] * 3, [{"image": 0}] * 3, mixed):
+        with pytest.raises(FreezePlanError) as error:
+            live.cached(wrong, tmp_path)
+        messages.append(str(error.value))
+    with pytest.raises(ApplyError) as empty:
+        live.cached([], tmp_path)
+
+    transform = "\n  let the data set's transform end in ToTensor and Normalize, as for training"
+    begins = "an item of the data set is an image, or begins with one, as a floating-point tensor; found a "
+    assert messages == [
+        f"{begins}torch.uint8 tensor{transform}",
+        f"{begins}dict{transform}",
+        "row 5 is torch.float32 of shape (3, 72, 72), the first image torch.float32 of shape (3, 64, 64)\n"
+        "  features are kept of images of one size: resize and crop them in the transform",
+    ]
+    assert str(empty.value) == "features need at least one image, one view and one image a pass, found 0, 1 and 32"
+
+
+def test_a_plan_without_a_prefix_is_refused(tmp_path):
+    """Nothing is kept where all is trained; little is kept with a warning."""
+    live = apply_plan(create_model("test_resnet", num_classes=3), "full")
+    with pytest.raises(ApplyError) as error:
+        live.cached(data(), tmp_path)
+    live.undo()
+    assert str(error.value) == (
+        "there is nothing to keep: nothing ahead of what is trained can be memoised\n"
+        "  train on images, with the same plan"
+    )
+    with (
+        apply_plan(live.model, "norm_only") as live,
+        pytest.warns(FreezePlanWarning, match="larger than the images"),
+    ):
+        live.cached(data(), tmp_path)
+
+
+def test_phases_find_their_features(tmp_path):
+    """What a later phase needs is kept in the same pass: a phase that thaws a part computes nothing anew."""
+    rules = [{"stage": "..2", "frozen": True}, {"role": "body", "frozen": True}]
+    plan = {
+        "version": 1,
+        "phases": [{"name": "head", "until": 1, "rules": rules[1:]}, {"name": "last", "rules": rules[:1]}],
+        "rules": [EVERYTHING],
+    }
+    model = create_model("resnet18", num_classes=3)
+    live = apply_plan(model, plan, lr=0.1)
+    batch, _ = data().tensors
+    features, _ = live.cached(data(), tmp_path)
+    live.step(epoch=0)
+    with torch.no_grad():
+        model.fc.weight.add_(0.1)
+    assert live.step(epoch=1)
+    later, rest = live.cached(data(), tmp_path)
+
+    assert (features.computed, later.computed) == (10, 0)
+    assert later.batch([0]).shape[1] > features.batch([0]).shape[1]
+    assert torch.allclose(rest.eval()(later.batch(range(10))), model(batch), rtol=1e-4, atol=1e-4)
+    assert sorted(entry.about["plan"] for entry in store.entries(tmp_path)) == [
+        "plan, phase head",
+        "plan, phase last",
+    ]
+
+
+def test_caching_changes_nothing(live, tmp_path):
+    """Weights, buffers, modes, random state."""
+    live.model.eval()
+    before = {name: value.clone() for name, value in live.model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    live.seal()
+    live.cached(data(), tmp_path)
+
+    assert live.verify()
+    assert all(torch.equal(before[name], value) for name, value in live.model.state_dict().items())
+    assert not any(module.training for module in live.model.modules())
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_list_and_remove(live, tmp_path):
+    """``freezeplan cache ls`` and ``rm``, by key, by its beginning, or everything."""
+    live.cached(data(), tmp_path)
+    live.cached(data(), tmp_path, dtype="float16")
+    runner = CliRunner()
+    listed = json.loads(runner.invoke(app, ["cache", "ls", "--dir", str(tmp_path), "--json"]).stdout)
+    text = runner.invoke(app, ["cache", "ls", "--dir", str(tmp_path)], env={"COLUMNS": "200"}).stdout
+    removed = runner.invoke(app, ["cache", "rm", listed[0]["key"][:10], "--dir", str(tmp_path)]).stdout
+
+    assert {entry["about"]["dtype"] for entry in listed} == {"float32", "float16"}
+    assert all(entry["about"]["memoised"] == ["global_pool"] and entry["shards"] == 1 for entry in listed)
+    assert all(entry["key"] in text for entry in listed)
+    assert removed.replace("\n", "") == f"{tmp_path}: removed 1 entry, {listed[0]['bytes']:,} bytes"
+    assert [entry.key for entry in store.entries(tmp_path)] == [listed[1]["key"]]
+    with pytest.raises(FreezePlanError) as error:
+        store.remove(tmp_path, ["nothing"])
+    assert str(error.value) == (f"{tmp_path}: no entry has the key 'nothing'\n  freezeplan cache ls --dir {tmp_path}")
+    assert runner.invoke(app, ["cache", "rm", "--dir", str(tmp_path)]).exit_code == 2
+    runner.invoke(app, ["cache", "rm", "--all", "--dir", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
+    assert "no features are kept" in runner.invoke(app, ["cache", "ls", "--dir", str(tmp_path)]).stdout
+
+
+WORK = """
+    import sys, torch
+    from freezeplan import apply_plan, cache
+    from freezeplan.zoo import create_model
+    from torch.utils.data import TensorDataset
+
+    def work(where):
+        cache.SHARD_IMAGE_BYTES = 4 * 64 * 64 * 3 * 4
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+        model = create_model("resnet18", num_classes=3)
+        live = apply_plan(model, "linear_probe", lr=0.1)
+        data = TensorDataset(torch.randn(120, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+        print("ready", flush=True)
+        features, _ = live.cached(data, where, batch_size=4)
+        return features.computed, features.batch(range(120))
+
+    if __name__ == "__main__":
+        torch.save(work(sys.argv[1]), sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    script = tmp_path_factory.mktemp("work") / "work.py"
+    script.write_text(textwrap.dedent(WORK))
+    return script
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(work, tmp_path):
+    """Each shard is computed by one of them, and both have all of it."""
+    running = [
+        subprocess.Popen([sys.executable, str(work), str(tmp_path / "cache"), str(tmp_path / f"{i}.pt")])
+        for i in range(2)
+    ]
+    assert [process.wait(120) for process in running] == [0, 0]
+    (mine, a), (yours, b) = (torch.load(tmp_path / f"{i}.pt") for i in range(2))
+
+    assert mine + yours == 120
+    assert torch.equal(a, b)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(work, tmp_path):
+    """At random moments: what is there is whole, and the rerun's features are those of an uninterrupted run."""
+    function = runpy.run_path(str(work))["work"]
+    threads = torch.get_num_threads()
+    chance, partly = random.Random(0), 0
+    try:
+        _, expected = function(tmp_path / "whole")
+        for number in range(20):
+            where = tmp_path / f"killed{number}"
+            with subprocess.Popen(
+                [sys.executable, str(work), str(where), str(where / "out.pt")], stdout=subprocess.PIPE
+            ) as process:
+                process.stdout.readline()
+                time.sleep(chance.uniform(0.3, 2.0))
+                process.send_signal(signal.SIGKILL)
+            kept = len(list(where.glob("*/*.safetensors")))
+            partly += 0 < kept < 30
+            computed, features = function(where)
+
+            assert computed == 120 - 4 * kept
+            assert torch.equal(features, expected)
+            assert not list(where.glob("*/*.tmp"))
+    finally:
+        torch.set_num_threads(threads)
+    assert partly >= 3

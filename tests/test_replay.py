@@ -1,0 +1,296 @@
+"""Passes over features: the same answers and gradients as the plain pass, and what cannot be replayed is named."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from freezeplan import FreezePlanError, apply_plan, replay
+from freezeplan.errors import ApplyError
+from freezeplan.zoo import create_model
+
+HEAD = {"version": 1, "rules": [{"match": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}]}
+
+
+def images(size, count=3, seed=0):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def made(model, plan, size=64):
+    live = apply_plan(model, plan)
+    prefix = live.prefix(images(size))
+    return live, prefix, replay.Rest(model, prefix)
+
+
+def gradients(answer, model):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(answer.square().sum(), trained, allow_unused=True)
+    return [gradient for gradient in found if gradient is not None]
+
+
+def assert_same(model, prefix, rest, batch):
+    features = replay.capture(model, [prefix], batch)[0]
+    for mode in (True, False):
+        model.train(mode)
+        buffers = copy.deepcopy(dict(model.named_buffers()))
+        torch.manual_seed(0)
+        plain = model(batch)
+        expected = gradients(plain, model)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+        torch.manual_seed(0)
+        replayed = rest(features)
+
+        assert (plain - replayed).abs().max() <= 1e-5 * plain.abs().max()
+        for a, b in zip(expected, gradients(replayed, model), strict=True):
+            assert (a - b).abs().max() <= 1e-5 * a.abs().max() + 1e-12
+
+
+@pytest.mark.parametrize("plan", ["linear_probe", "surgical_last", "frozen_stages_2"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_efficientnet", "test_vit", "test_byobnet"])
+def test_answers_and_gradients_are_those_of_the_plain_pass(name, plan):
+    """In train and in eval mode, over more images than were watched."""
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=5)
+    size = model.pretrained_cfg["input_size"][-1]
+    _, prefix, rest = made(model, plan, size)
+
+    assert prefix.stored
+    assert_same(model, prefix, rest, images(size, 5))
+
+
+MODELS = [
+    "beit_base_patch16_224", "botnet26t_256", "coat_tiny", "coatnet_pico_rw_224", "convit_tiny", "convmixer_768_32",
+    "convnext_atto", "crossvit_tiny_240", "cspresnet50", "davit_tiny", "deit_tiny_patch16_224", "densenet121",
+    "dla34", "dpn48b", "edgenext_xx_small", "efficientformer_l1", "efficientformerv2_s0", "efficientvit_b0",
+    "efficientvit_m0", "fastvit_t8", "focalnet_tiny_srf", "gcvit_xxtiny", "ghostnet_100", "hardcorenas_a",
+    "hgnetv2_b0", "hrnet_w18_small", "inception_v3", "levit_128s", "maxvit_pico_rw_256", "mixer_s32_224",
+    "mobilenetv3_small_050", "mobilevit_xxs", "mvitv2_tiny", "nest_tiny", "nfnet_l0", "pit_ti_224", "poolformer_s12",
+    "pvt_v2_b0", "regnetx_002", "repvgg_a0", "resnet18", "rexnet_100", "sequencer2d_s",
+    "swin_tiny_patch4_window7_224", "tiny_vit_5m_224", "tnt_s_patch16_224", "twins_svt_small", "vgg11",
+    "visformer_tiny", "vit_tiny_patch16_224", "volo_d1_224", "xception41", "xcit_nano_12_p16_224",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["linear_probe", "surgical_last"])
+@pytest.mark.parametrize("name", MODELS)
+def test_one_model_of_each_module(name, plan):
+    """Head only and last stage, on one model of each of more than 40 architecture modules."""
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=5)
+    size = model.pretrained_cfg["input_size"][-1]
+    live, prefix, rest = made(model, plan, size)
+    if not prefix.stored:
+        assert plan == "surgical_last"
+        assert str(prefix)
+        pytest.skip(f"nothing to keep: {prefix}")
+    replay.prove(model, rest, prefix, images(size))
+    assert_same(model, prefix, rest, images(size, 2, seed=1))
+    live.undo()
+
+
+def test_parameters_are_the_models_own():
+    """The same objects under the same names, so that optimizers, averages and checkpoints fit both."""
+    model = create_model("resnet18", num_classes=5)
+    live, _, rest = made(model, "surgical_last")
+    rest_names = dict(rest.named_parameters())
+
+    assert {id(p) for p in rest.parameters()} == {id(p) for p in live.trainable_parameters()}
+    assert all(model.get_parameter(name) is parameter for name, parameter in rest_names.items())
+    assert rest_names.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert rest.state_dict().keys() <= model.state_dict().keys()
+    assert "layer4.0.bn1.running_mean" in rest.state_dict()
+
+
+def test_modes_devices_and_copies_go_through():
+    """``train`` and ``eval`` are the model's, ``to`` moves all of it, a deep copy is a whole of its own."""
+    model = create_model("test_resnet", num_classes=3)
+    _, prefix, rest = made(model, "linear_probe")
+    assert rest.train() is rest
+    assert model.training
+    assert not model.layer1.training
+    assert rest.eval() is rest
+    assert not model.training
+
+    other = copy.deepcopy(rest)
+    features = replay.capture(model, [prefix], images(64))[0]
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    assert torch.equal(rest(features), model(images(64)))
+    assert not torch.equal(other(features), rest(features))
+    assert rest.to(torch.float64) is rest
+    assert model.conv1[0].weight.dtype is torch.float64
+
+
+def test_training_on_features_trains_the_model():
+    """Three epochs with momentum give the loss curve of the plain loop, and the same weights."""
+    batch, labels = images(64, 8), torch.arange(8) % 3
+    curves, weights = [], []
+    for replayed in (False, True):
+        torch.manual_seed(0)
+        model = timm.create_model("resnet18", num_classes=3)
+        live, prefix, rest = made(model, "surgical_last")
+        given = replay.capture(model.train(), [prefix], batch)[0] if replayed else batch
+        optimizer = torch.optim.SGD(live, lr=0.01, momentum=0.9)
+        run = rest if replayed else model
+        curves.append([])
+        for _ in range(3):
+            run.train()
+            loss = nn.functional.cross_entropy(run(given), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curves[-1].append(loss.item())
+        weights.append(model.state_dict())
+
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*(w.values() for w in weights), strict=True))
+
+
+def test_what_was_thawed_is_refused():
+    """Features of what is trained now are of no use."""
+    model = create_model("test_resnet", num_classes=3)
+    _, prefix, rest = made(model, "linear_probe")
+    features = replay.capture(model, [prefix], images(64))[0]
+    model.layer4.requires_grad_(True)
+    with pytest.raises(ApplyError) as error:
+        rest(features)
+
+    assert str(error.value) == (
+        "what these features were computed with is trained now, so they are of no use\n"
+        "  after a new phase: features, rest = applied.cached(...) again"
+    )
+
+
+class Part(nn.Module):
+    """A convolution whose answer a subclass wraps up."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+
+class Pair(Part):
+    def forward(self, x):
+        y = self.conv(x)
+        return {"map": y, "size": (y.shape[2], y.shape[3]), "more": [y + 1, None]}
+
+
+class Count(Part):
+    def forward(self, x):
+        return self.conv(x), len(x)
+
+
+class Integers(Part):
+    def forward(self, x):
+        y = self.conv(x)
+        return y, (y > 0).long()
+
+
+class Own(Part):
+    def forward(self, x):
+        return iter([self.conv(x)])
+
+
+class Net(nn.Module):
+    """A frozen part, something with its answer, and a head."""
+
+    def __init__(self, part, use):
+        super().__init__()
+        self.part, self.head, self.use = part, nn.Linear(3, 4), use
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.head(self.use(self, self.part(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("part", "use", "stored", "reason"),
+    [
+        pytest.param(Pair(), lambda net, y: y["map"] * y["size"][0] + y["more"][0], {"part"}, None, id="nested"),
+        pytest.param(Count(), lambda net, y: y[0] / y[1], {"part.conv"}, "it gives 2 for two images and 3 for three",
+                     id="number-of-images"),
+        pytest.param(Integers(), lambda net, y: y[0] * y[1], {"part.conv"},
+                     "it gives int64, and only floating-point numbers are kept", id="integers"),
+        pytest.param(Own(), lambda net, y: next(y), {"part.conv"}, None, id="no-tensor"),
+        pytest.param(nn.Conv2d(3, 3, 1), lambda net, y: net.act(y) + y, {"part"}, None, id="changed-in-place"),
+        pytest.param(nn.Conv2d(3, 3, 1), lambda net, y: net.act(y + 0), {"act"}, None, id="in-place-on-a-copy"),
+    ],
+)  # fmt: skip
+def test_answers_of_every_kind(part, use, stored, reason):
+    """Dictionaries, tuples and constants are kept; what cannot be is run, and named."""
+    torch.manual_seed(0)
+    model = Net(part, use)
+    live, prefix, rest = made(model, HEAD, 8)
+
+    assert {call.module for call in prefix.stored} == stored
+    assert (reason is None) == ("part" not in prefix.reasons)
+    assert prefix.reasons.get("part") == reason
+    replay.prove(model, rest, prefix, images(8))
+    assert_same(model, prefix, rest, images(8, 7))
+    live.undo()
+
+
+def test_a_path_that_autograd_does_not_see_is_found():
+    """A frozen module that depends on trained ones through ``detach`` is named before anything is trained."""
+
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.late, self.last = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.last(self.late(self.head(x).detach()).mean((2, 3)))
+
+    model = Hidden()
+    plan = {
+        "version": 1,
+        "rules": [{"match": ["head", "last"], "lr_mult": 1}, {"match": ".*", "frozen": True}],
+    }
+    _, prefix, rest = made(model, plan, 8)
+    with pytest.raises(ApplyError) as error:
+        replay.prove(model, rest, prefix, images(8))
+
+    assert str(error.value) == (
+        "the pass over features differs from the plain one at 'head'\n"
+        "  this model cannot be trained on kept features; train it on images, with the same plan"
+    )
+
+
+def test_what_depends_on_the_batch_is_found():
+    """Code of a module that looks at the whole batch, in eval mode too."""
+
+    class Centred(Part):
+        def forward(self, x):
+            y = self.conv(x)
+            return y - y.mean(0)
+
+    _, prefix, rest = made(model := Net(Centred(), lambda net, y: y), HEAD, 8)
+    with pytest.raises(ApplyError) as error:
+        replay.prove(model, rest, prefix, images(8))
+
+    assert str(error.value) == (
+        "an image's features depend on the other images of its batch, or on chance: they cannot be kept\n"
+        "  something in the frozen part is in train mode, or random in a way that no module shows"
+    )
+    assert issubclass(ApplyError, FreezePlanError)
+
+
+def test_proving_changes_nothing():
+    """Weights, buffers, gradients, modes, random state."""
+    model = create_model("test_resnet", num_classes=3)
+    _, prefix, rest = made(model, "surgical_last")
+    model.eval()
+    before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
+    replay.prove(model, rest, prefix, images(64))
+
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any(module.training for module in model.modules())
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.random.get_rng_state(), state)
