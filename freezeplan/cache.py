@@ -165,6 +165,7 @@ def fill(
     device: torch.device,
     workers: int,
     limit: int | None,
+    progress: Callable[[int, int], None] | None,
 ) -> Features:
     """Compute what is not there yet, and return the features of the first boundary.
 
@@ -211,6 +212,8 @@ def fill(
             mine = [(at, p) for at, p in mine if not _whole(p, sum(map(len, batches)), boundaries[at])]
             if mine:
                 write(batches, mine)
+            if progress is not None:
+                progress(len(targets), len(reader))
             if any(at == 0 and path not in held for at, path in missing):
                 waiting.append((number, paths[0]))
     for number, path in waiting:
@@ -365,7 +368,7 @@ def _digest(batches: list[Tensor]) -> str:
     found = hashlib.sha256()
     for batch in batches:
         found.update(f"{batch.dtype}{tuple(batch.shape)}".encode())
-        found.update(batch.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        found.update(batch.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()[:32]
 
 

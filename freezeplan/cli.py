@@ -312,6 +312,11 @@ def run(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that --out holds.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that do not decode.")] = False,
+    cache: Annotated[
+        bool,
+        typer.Option("--cache/--no-cache", help="Run frozen layers once an image and keep the features on disk."),
+    ] = True,
+    amp: Annotated[Literal["bf16"] | None, typer.Option(help="Autocast to bfloat16.", show_default="float32")] = None,
 ) -> None:
     """Train the four arms of the experiment and print their errors beside the published ones."""
     del experiment
@@ -339,6 +344,8 @@ def run(
         out=out,
         overwrite=overwrite,
         skip_bad=skip_bad,
+        cache=cache,
+        amp=amp,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -394,6 +394,7 @@ class AppliedPlan:
         workers: int = 0,
         limit: int | None = None,
         seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
     ) -> tuple[cache.Features, replay.Rest]:
         """Compute what the frozen part gives for every image once, and train on that from then on.
 
@@ -413,6 +414,7 @@ class AppliedPlan:
             workers: Processes that read images.
             limit: Bytes that the directory may hold at most; None: what the disk has.
             seed: Decides the views.
+            progress: Is told how many rows have features, and of how many: ``views * len(dataset)``.
 
         Returns:
             A data set with the same length and targets and features for images, and the module to train on them: its
@@ -457,7 +459,7 @@ class AppliedPlan:
                 self.model.train()
                 features = cache.fill(
                     self.model, found, dataset, views=views, seed=seed, dtype=dtype, batch_size=batch_size,
-                    device=there, workers=workers, limit=limit,
+                    device=there, workers=workers, limit=limit, progress=progress,
                 )  # fmt: skip
                 cache.check_stored(self.model, found[0].prefix, sample, features, dtype)
             finally:

@@ -70,6 +70,8 @@ def voc_vgg16(
     out: Path | None = None,
     overwrite: bool = False,
     skip_bad: bool = False,
+    cache: bool = True,
+    amp: Literal["bf16"] | None = None,
 ) -> Path:
     """Run the lecture's experiment: train the arms, print their errors beside the published ones, write the results.
 
@@ -100,6 +102,9 @@ def voc_vgg16(
         out: None: ``runs/voc_vgg16-DATE-TIME`` in the working directory.
         overwrite: Replace results that ``out`` holds.
         skip_bad: Leave out images that do not decode, and say how many.
+        cache: Whether what is frozen ahead of everything trained is run once an image, in the user's cache folder, and
+            its features are shared by arms, seeds and runs; the numbers are the same up to rounding.
+        amp: ``bf16``: autocast, faster where the processor has it and less exact. None: float32.
 
     Returns:
         The folder with ``results.json``, ``results.csv`` and ``curves.png``.
@@ -130,6 +135,8 @@ def voc_vgg16(
         "threads": _at_least(1, "--threads", threads),
         "workers": _at_least(1, "--workers", workers),
         "skip_bad": skip_bad or None,
+        "cache": None if cache else False,
+        "amp": amp,
     }
     given = {name: value for name, value in options.items() if value is not None}
     settings = replace(default_settings(model, sample=sample), **given)

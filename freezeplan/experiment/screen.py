@@ -73,9 +73,14 @@ class Screen:
     def batch(self, images: int, loss: Tensor) -> None:
         """Move the bar on; the loss is read twice a second, since reading it waits for the device."""
         self._bar.advance(self._task, images)
+        self._bar.update(self._task, description=f"{self.lines[-1].arm}, seed {self.lines[-1].seed}")
         if time.monotonic() - self._asked > 0.5 and self.console.is_terminal:
             self._asked = time.monotonic()
             self._bar.update(self._task, loss=f"{float(loss):.3f}")
+
+    def kept(self, done: int, images: int) -> None:
+        """Say how many images have features."""
+        self._bar.update(self._task, description=f"{self.lines[-1].arm}: features {done:,}/{images:,}")
 
     def epoch(self, epoch: Epoch) -> None:
         """Show the epoch's figures in the table."""
@@ -88,7 +93,7 @@ class Screen:
             mark = "" if run.learned else f" ({NOT_LEARNED})"
             self.console.print(
                 f"{arm}, seed {run.seed}: validation top-1 error {percent(run.val.top1_error)} %, "
-                f"training error {percent(run.train_error)} %{mark}, {run.seconds:.0f} s",
+                f"training error {percent(run.train_error)} %{mark}, {run.seconds:.0f} s{_saving(run)}",
                 soft_wrap=True,
             )
 
@@ -106,6 +111,19 @@ class Screen:
                 percent(last.val_top1_error) if last else "",
             )
         return Group(table, self._bar)
+
+
+def _saving(run: Run) -> str:
+    """What kept features spared: the frozen forward passes of all epochs but the one that computed them."""
+    if not run.features:
+        return ""
+    if not run.features_computed:
+        return f"; the features of all {run.features:,} images were there: no frozen layer was run"
+    whole = run.features_seconds / run.features_computed * run.features
+    return (
+        f"; features of {run.features_computed:,} images computed in {run.features_seconds:.1f} s and kept, "
+        f"which spares about {whole * len(run.epochs) - run.features_seconds:.0f} s of frozen layers"
+    )
 
 
 class _Speed(ProgressColumn):

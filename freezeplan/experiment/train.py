@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from freezeplan import Plan, apply_plan
 from freezeplan.errors import ModelError
+from freezeplan.experiment.feed import Feed, feed
 from freezeplan.experiment.voc import LabelRule, Split
 
 OptimizerName = Literal["rmsprop-tf1", "rmsprop"]
@@ -47,6 +48,10 @@ class Settings:
     """Threads that decode images, once, before training."""
     skip_bad: bool = False
     """Leave out images that do not decode."""
+    cache: bool = True
+    """Run what is frozen ahead of everything trained once an image, and keep its features on disk."""
+    amp: Literal["bf16"] | None = None
+    """Numbers of matrix products and convolutions under autocast; None: float32."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,13 @@ class Run:
     learned: bool
     """Whether ``train_error`` is below the error of always naming the commonest training class."""
     seconds: float
-    """Training and validation, all epochs."""
+    """Training and validation, all epochs, and computing features."""
+    features: int = 0
+    """Images, of both splits, that were trained and validated on by kept features; 0 where the images were."""
+    features_computed: int = 0
+    """How many of those features were computed for this run and not found on disk."""
+    features_seconds: float = 0.0
+    """That this took."""
 
 
 class Progress(Protocol):
@@ -100,6 +111,9 @@ class Progress(Protocol):
 
     def epoch(self, epoch: Epoch) -> None:
         """Take note of a finished epoch."""
+
+    def kept(self, done: int, images: int) -> None:
+        """Take note of the images of a split, ``done`` of ``images``, whose features are there."""
 
 
 def train_arm(
@@ -131,11 +145,18 @@ def train_arm(
     """
     train, val = data
     device = train.images.device
-    mean, std = _normalisation(model, device)
     model.to(memory_format=torch.channels_last)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _numbers(settings, device):
         torch.manual_seed(seed)
         applied = apply_plan(model, plan, lr=settings.lr)
+        begun = time.perf_counter()
+        with _explained(settings):
+            fed = feed(
+                applied, data, batch_size=settings.batch_size, cache=settings.cache,
+                dtype="bfloat16" if settings.amp else "float32", progress=progress.kept,
+            )  # fmt: skip
+        feeding = time.perf_counter() - begun
+        torch.manual_seed(seed)
         optimizer = make_optimizer(settings.optimizer, applied.param_groups, lr=settings.lr)
         schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (settings.warmup or 1)))
         trainable = list(applied.trainable_parameters())
@@ -143,12 +164,11 @@ def train_arm(
         epochs = []
         for number in range(1, settings.epochs + 1):
             started = time.perf_counter()
-            model.train()
+            fed.module.train()
             total = torch.zeros((), device=device)
             for rows in batches(len(train.labels), settings.batch_size, order):
-                rows = rows.to(device)
                 with _explained(settings):
-                    loss = F.cross_entropy(model(_pixels(train.images[rows], mean, std)), train.labels[rows])
+                    loss = F.cross_entropy(fed.module(fed.train(rows)), train.labels[rows.to(device)])
                     optimizer.zero_grad()
                     loss.backward()  # type: ignore[no-untyped-call]
                 if settings.clip is not None:
@@ -159,18 +179,22 @@ def train_arm(
                 progress.batch(len(rows), loss.detach())
             train_loss = float(total) / len(train.labels)
             trained = time.perf_counter()
-            logits = predict(model, val, settings.batch_size)
+            logits = predict(fed, fed.val, len(val.labels), settings.batch_size)
             error = _fraction(logits.argmax(1) != val.labels)
             epochs.append(Epoch(number, train_loss, error, trained - started, time.perf_counter() - trained))
             progress.epoch(epochs[-1])
-    train_error = _fraction(predict(model, train, settings.batch_size).argmax(1) != train.labels)
+        answers = predict(fed, fed.train, len(train.labels), settings.batch_size)
+    train_error = _fraction(answers.argmax(1) != train.labels)
     return Run(
         seed=seed,
         epochs=tuple(epochs),
         val=measure(logits, val),
         train_error=train_error,
         learned=math.isfinite(epochs[-1].train_loss) and train_error < commonest_error(train.labels),
-        seconds=sum(epoch.train_seconds + epoch.eval_seconds for epoch in epochs),
+        seconds=feeding + sum(epoch.train_seconds + epoch.eval_seconds for epoch in epochs),
+        features=len(train.labels) + len(val.labels) if fed.kept else 0,
+        features_computed=fed.computed,
+        features_seconds=fed.seconds,
     )
 
 
@@ -208,19 +232,24 @@ def batches(count: int, size: int, order: torch.Generator) -> tuple[Tensor, ...]
     return torch.randperm(count, generator=order).tensor_split(math.ceil(count / size))
 
 
-def predict(model: nn.Module, split: Split, batch_size: int) -> Tensor:
-    """Return a model's answers to every image of a split, in eval mode, without gradients.
+def predict(fed: Feed, give: Callable[[Tensor], Tensor], count: int, batch_size: int) -> Tensor:
+    """Return a model's answers to every row of a split, in eval mode, without gradients.
 
     The model is left in eval mode. What is not a number becomes zero: a model that blew up names one class.
 
+    Args:
+        fed: The model, and what it is fed with.
+        give: Rows to what the model gets for them.
+        count: Number of rows.
+        batch_size: Rows a pass.
+
     Returns:
-        float32 logits, (N, classes), on the split's device.
+        float32 logits, (N, classes), on the device of the images.
     """
-    mean, std = _normalisation(model, split.images.device)
-    model.eval()
+    fed.module.eval()
     with torch.no_grad():
-        logits = [model(_pixels(images, mean, std)) for images in torch.split(split.images, batch_size)]
-    return torch.cat(logits).float().nan_to_num(nan=0.0)
+        logits = [fed.module(give(rows)).float() for rows in torch.split(torch.arange(count), batch_size)]
+    return torch.cat(logits).nan_to_num(nan=0.0)
 
 
 def measure(logits: Tensor, split: Split) -> Measured:
@@ -277,15 +306,8 @@ def _fraction(wrong: Tensor) -> float:
     return int(wrong.sum()) / len(wrong)
 
 
-def _pixels(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    return images.float().div(255).sub(mean).div(std).contiguous(memory_format=torch.channels_last)
-
-
-def _normalisation(model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What the weights expect, as timm knows it; of shape (3, 1, 1)."""
-    config: Any = model.pretrained_cfg
-    mean, std = (torch.tensor(config[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
-    return mean, std
+def _numbers(settings: Settings, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=settings.amp is not None)
 
 
 @contextmanager
