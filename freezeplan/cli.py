@@ -208,6 +208,32 @@ def import_(
         raise OutputError(f"cannot write {str(out)!r}: {error.strerror}") from None
 
 
+@app.command("forecast")
+def forecast_(
+    plan: PlanArgument,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=ModelHelp)],
+    image_size: Annotated[int, typer.Option(min=1, metavar="PIXELS", help="Side of the images.")] = 224,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 32,
+    num_classes: NumClasses = None,
+    model_arg: ModelArg = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what training under a plan will cost: memory, arithmetic, a cache of features. Needs no data."""
+    load_plan(plan)  # before the imports: a mistake in the file need not wait for torch
+    from freezeplan.forecast import forecast
+    from freezeplan.zoo import create_model
+
+    arguments = dict(map(_key_value, model_arg or ()))
+    found = forecast(
+        lambda: create_model(model, num_classes=num_classes, meta=True, **arguments),
+        plan, image_size=image_size, batch_size=batch_size,
+    ).as_json()  # fmt: skip
+    if as_json:
+        _print_json(found)
+    else:
+        render.print_forecast(found)
+
+
 cache_app = typer.Typer(help="Features of frozen parts on disk: what is kept, and how it goes.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 CacheDirectory = Annotated[

@@ -37,6 +37,8 @@ class Output:
     """Its axes as they lie in memory, the outermost first: (0, 2, 3, 1) is channels-last."""
     read: bool
     """Whether the rest of the pass reads its values."""
+    written: bool
+    """Whether the rest of the pass changes it in place."""
 
     @property
     def elements(self) -> int:
@@ -178,12 +180,12 @@ def watch(model: nn.Module, sample: Tensor, random: Mapping[str, str]) -> Prefix
             for index, (two, other) in enumerate(zip(seen.records, again.records, strict=True)):
                 if index not in excluded and (why := _varies(two, other)):
                     excluded[index] = why
-            kept, read = _settled(model, pair, seen.records, excluded)
+            kept, read, written = _settled(model, pair, seen.records, excluded)
             reasons = _reasons(seen.records, excluded)
             if kept and _IMAGE in read:
                 reasons[""] = "what is trained reads the image itself"
             else:
-                calls = tuple(_call(seen.records, kept, index, read) for index in kept)
+                calls = tuple(_call(seen.records, kept, index, read, written) for index in kept)
     return Prefix(calls, reasons, tuple(sample.shape[1:]), sample.dtype, flops.get_total_flops() // 2)
 
 
@@ -373,11 +375,11 @@ def _outermost(records: Sequence[_Record], excluded: Collection[int]) -> list[in
 
 def _settled(
     model: nn.Module, sample: Tensor, records: Sequence[_Record], excluded: dict[int, str]
-) -> tuple[list[int], set[_Leaf]]:
-    """The memoised calls and what of them is read, after those that only work when they run are excluded."""
+) -> tuple[list[int], set[_Leaf], set[_Leaf]]:
+    """The memoised calls, what of them is read and what is written, after those that have to be run are excluded."""
     while True:
         kept = _outermost(records, excluded)
-        read = _read(model, sample, records, kept)
+        read, written = _read(model, sample, records, kept)
         read_calls = [index for index in kept if any((index, at) in read for at in range(len(records[index].tensors)))]
         given: dict[int, int] = {}  # a tensor that several calls give is the first one's
         for index in read_calls:
@@ -386,7 +388,7 @@ def _settled(
         conflicts = {
             index: "it changes in place what the rest of the pass reads"
             for index in kept
-            if any(given.get(changed, index) != index for changed in records[index].changed)
+            if any(given.get(changed, index) < index for changed in records[index].changed)
         }
         if not conflicts:  # what has no parameters and works on what is kept anyway is cheaper to run
             conflicts = {
@@ -397,7 +399,7 @@ def _settled(
                 and all(given.get(tensor, index) < index for tensor in records[index].inputs)
             }
         if not conflicts:
-            return kept, read
+            return kept, read, written
         excluded.update(conflicts)
 
 
@@ -406,8 +408,10 @@ _Leaf = tuple[int, int]
 _IMAGE: _Leaf = (-1, 0)
 
 
-def _read(model: nn.Module, sample: Tensor, records: Sequence[_Record], kept: Sequence[int]) -> set[_Leaf]:
-    """The tensors that the rest of the pass reads: those whose stand-in gets a gradient, or is written into."""
+def _read(
+    model: nn.Module, sample: Tensor, records: Sequence[_Record], kept: Sequence[int]
+) -> tuple[set[_Leaf], set[_Leaf]]:
+    """The tensors that the rest of the pass reads, whose stand-in gets a gradient, and those that it writes into."""
     waiting = {(records[index].module, visible_number(records, kept, index)): index for index in kept}
     name, counts = named(model), Counter[str]()
     sources: dict[_Leaf, Tensor] = {}
@@ -437,7 +441,8 @@ def _read(model: nn.Module, sample: Tensor, records: Sequence[_Record], kept: Se
     if outputs:
         gradients: tuple[Tensor | None, ...] = torch.autograd.grad(outputs, list(sources.values()), allow_unused=True)
         found = {leaf for leaf, gradient in zip(sources, gradients, strict=True) if gradient is not None}
-    return found | {leaf for leaf, copy in copies.items() if copy._version and leaf != _IMAGE}
+    written = {leaf for leaf, copy in copies.items() if copy._version and leaf != _IMAGE}
+    return found | written, written
 
 
 def visible_number(records: Sequence[_Record], kept: Sequence[int], index: int) -> int:
@@ -452,11 +457,17 @@ def visible_number(records: Sequence[_Record], kept: Sequence[int], index: int) 
     return count
 
 
-def _call(records: Sequence[_Record], kept: Sequence[int], index: int, read: set[_Leaf]) -> Call:
+def _call(records: Sequence[_Record], kept: Sequence[int], index: int, read: set[_Leaf], written: set[_Leaf]) -> Call:
     record = records[index]
     assert record.structure is not None
     outputs = tuple(
-        Output((tensor.shape[0] // 2, *tensor.shape[1:]), tensor.dtype, _order(tensor), (index, at) in read)
+        Output(
+            (tensor.shape[0] // 2, *tensor.shape[1:]),
+            tensor.dtype,
+            _order(tensor),
+            read=(index, at) in read,
+            written=(index, at) in written,
+        )
         for at, tensor in enumerate(record.tensors)
     )
     constants = tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in record.leaves)

@@ -153,6 +153,44 @@ def print_presets(presets: Mapping[str, Plan]) -> None:
     stdout().print(table)
 
 
+def print_forecast(found: Mapping[str, Any]) -> None:
+    """Print what training under a plan costs beside training everything.
+
+    Args:
+        found: What ``Forecast.as_json`` returned.
+    """
+    console = stdout()
+    phase = f", phase {found['phase']}" if found["phase"] else ""
+    size, batch = found["image_size"], found["batch_size"]
+    console.print(
+        Text(f"{found['plan']}{phase} on {found['model']}, {size} x {size} pixels, {batch} images a step", "bold")
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for title in ("", "this plan", "everything", "ratio"):
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
+
+    def add(title: str, mine: int, full: int) -> None:
+        table.add_row(title, f"{mine:,}", f"{full:,}", f"{mine / full:.3g}" if full else "-")
+
+    mine, full = found["costs"]["plan"], found["costs"]["full"]
+    add("trained parameters", mine["trained"], full["trained"])
+    add("gradients, bytes", mine["gradient_bytes"], full["gradient_bytes"])
+    for name in mine["optimizer_bytes"]:
+        add(f"state of {name}, bytes", mine["optimizer_bytes"][name], full["optimizer_bytes"][name])
+    add("activations kept, bytes a step", mine["activation_bytes"], full["activation_bytes"])
+    add("forward FLOPs an image", mine["forward_flops"], full["forward_flops"])
+    add("backward FLOPs an image", mine["backward_flops"], full["backward_flops"])
+    console.print(table)
+    console.print(f"a step takes {found['ratio']:.3g} of the arithmetic of training everything", soft_wrap=True)
+    if found["cached_ratio"] is not None:
+        console.print(
+            f"on kept features of {found['cache_bytes']:,} bytes an image: {found['cached_ratio']:.2g} of it",
+            soft_wrap=True,
+        )
+        if found["advice"]:
+            console.print(f"advice: {found['advice']}", soft_wrap=True)
+
+
 def print_entries(directory: Path, entries: Sequence[Entry]) -> None:
     """Print what a folder keeps of features, and how much that is together."""
     if not entries:
@@ -160,7 +198,10 @@ def print_entries(directory: Path, entries: Sequence[Entry]) -> None:
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for title in ("key", "model", "plan", "up to", "dtype", "shards", "bytes", "used"):
-        table.add_column(title, justify="right" if title in ("shards", "bytes") else "left")
+        numbers = title in ("shards", "bytes")
+        table.add_column(
+            title, justify="right" if numbers else "left", no_wrap=numbers or title in ("key", "used"), overflow="fold"
+        )
     for entry in entries:
         about = entry.about
         facts = (about["model"], about["plan"], ", ".join(about["memoised"]), about["dtype"], str(entry.shards))

@@ -105,6 +105,8 @@ def _unpacked(prefix: Prefix, features: Tensor) -> Iterator[tuple[tuple[str, int
                 found.append(_nothing(features, (images * rows, *others), output.dtype))
                 continue
             part = features[:, at : at + output.elements]
+            if output.written:  # the caller's features stay as they are
+                part = part.clone()
             at += output.elements
             size = (images * rows, *others)
             lying = part.reshape([size[axis] for axis in output.order])
@@ -188,7 +190,7 @@ def _rows(output: Output, tensor: Tensor) -> Tensor:
 
 
 def prove(model: nn.Module, rest: Rest, prefix: Prefix, images: Tensor) -> None:
-    """Compare the pass over features with the plain one: answers and gradients, in eval and in train mode.
+    """Compare the pass over features with the plain one: answers in eval mode, answers and gradients in train mode.
 
     Three comparisons: as the model is; with every trained parameter changed at random, which shows what depends on it
     without autograd knowing; and an image among others, which shows what depends on the batch. Weights, buffers, modes
@@ -235,8 +237,9 @@ def _same(
     results = []
     for run, given in ((model, images), (rest, features)):
         torch.manual_seed(0)
-        answers = [tensor for tensor in tensors(run(given)) if tensor.is_floating_point()]
-        total = sum((a.float().square().sum() for a in answers if a.requires_grad), images.new_zeros(()))
+        with torch.set_grad_enabled(model.training):  # some models keep a graph from one pass in eval to the next
+            answers = [tensor for tensor in tensors(run(given)) if tensor.is_floating_point()]
+            total = sum((a.float().square().sum() for a in answers if a.requires_grad), images.new_zeros(()))
         gradients: tuple[Tensor | None, ...] = ()
         if total.requires_grad:
             gradients = torch.autograd.grad(total, trained, allow_unused=True)

@@ -36,6 +36,7 @@ CORE = [
     "store",
     "cache",
     "facade",
+    "forecast",
     "report",
     "explain",
     "difference",

@@ -368,7 +368,9 @@ def test_kept_features_give_the_same_run() -> None:
     model, data = start(), (split(), split(8))
     settings = replace(SETTINGS, lr=1e-3)
     runs = [
-        train_arm(copy.deepcopy(model), load_arms(["frozen_convs"])["frozen_convs"], data, s, seed=0, progress=Recorder())
+        train_arm(
+            copy.deepcopy(model), load_arms(["frozen_convs"])["frozen_convs"], data, s, seed=0, progress=Recorder()
+        )
         for s in (replace(settings, cache=False), settings, settings)
     ]
 
@@ -382,7 +384,9 @@ def test_kept_features_give_the_same_run() -> None:
 def test_bfloat16_is_near() -> None:
     """Autocast, with and without kept features; a loss within a few per cent."""
     model, plan, data = start(), load_arms(["frozen_convs"])["frozen_convs"], (split(), split(8))
-    settings = [replace(SETTINGS, amp=amp, cache=cache) for amp, cache in ((None, False), ("bf16", False), ("bf16", True))]
+    settings = [
+        replace(SETTINGS, amp=amp, cache=cache) for amp, cache in ((None, False), ("bf16", False), ("bf16", True))
+    ]
     runs = [train_arm(copy.deepcopy(model), plan, data, s, seed=0, progress=Recorder()) for s in settings]
     losses = [run.epochs[0].train_loss for run in runs]
 
