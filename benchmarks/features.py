@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import timm
+import timm.optim
 import torch
 from timing import alternate, show
 from torch import nn

@@ -342,6 +342,9 @@ def run(
         bool,
         typer.Option("--cache/--no-cache", help="Run frozen layers once an image and keep the features on disk."),
     ] = True,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Use torch.compile: pays where an epoch takes minutes.")
+    ] = False,
     amp: Annotated[Literal["bf16"] | None, typer.Option(help="Autocast to bfloat16.", show_default="float32")] = None,
 ) -> None:
     """Train the four arms of the experiment and print their errors beside the published ones."""
@@ -371,6 +374,7 @@ def run(
         overwrite=overwrite,
         skip_bad=skip_bad,
         cache=cache,
+        compile=compile,
         amp=amp,
     )
 

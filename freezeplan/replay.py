@@ -58,7 +58,7 @@ class Rest(nn.Module):
             )
         answers = dict(_unpacked(self._prefix, features))
         name = {id(module): n for n, found in self._parts.items() for module in found}
-        counts = Counter[str]()
+        counts = dict.fromkeys(self._parts, 0)  # no Counter: torch.compile knows none
 
         def around(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             key = (name[id(module)], counts[name[id(module)]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -392,3 +393,18 @@ def test_bfloat16_is_near() -> None:
 
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=0.05)
     assert losses[0] not in losses[1:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("arm", ["frozen_convs", "same_lr"])
+def test_compiled_is_near(arm: str) -> None:
+    """On features and on images, the optimizer's step included."""
+    model, plan, data = start(), load_arms([arm])[arm], (split(), split(8))
+    runs = [
+        train_arm(copy.deepcopy(model), plan, data, replace(SETTINGS, compile=way), seed=0, progress=Recorder())
+        for way in (False, True)
+    ]
+
+    assert runs[1].epochs[0].train_loss == pytest.approx(runs[0].epochs[0].train_loss, rel=0.05)

@@ -71,6 +71,7 @@ def voc_vgg16(
     overwrite: bool = False,
     skip_bad: bool = False,
     cache: bool = True,
+    compile: bool = False,
     amp: Literal["bf16"] | None = None,
 ) -> Path:
     """Run the lecture's experiment: train the arms, print their errors beside the published ones, write the results.
@@ -104,6 +105,7 @@ def voc_vgg16(
         skip_bad: Leave out images that do not decode, and say how many.
         cache: Whether what is frozen ahead of everything trained is run once an image, in the user's cache folder, and
             its features are shared by arms, seeds and runs; the numbers are the same up to rounding.
+        compile: Whether ``torch.compile`` is used; it needs a C++ compiler and a minute.
         amp: ``bf16``: autocast, faster where the processor has it and less exact. None: float32.
 
     Returns:
@@ -136,6 +138,7 @@ def voc_vgg16(
         "workers": _at_least(1, "--workers", workers),
         "skip_bad": skip_bad or None,
         "cache": None if cache else False,
+        "compile": compile or None,
         "amp": amp,
     }
     given = {name: value for name, value in options.items() if value is not None}

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from freezeplan import Plan, apply_plan
 from freezeplan.errors import ModelError
-from freezeplan.experiment.feed import Feed, feed
+from freezeplan.experiment.feed import feed
 from freezeplan.experiment.voc import LabelRule, Split
 
 OptimizerName = Literal["rmsprop-tf1", "rmsprop"]
@@ -50,6 +50,8 @@ class Settings:
     """Leave out images that do not decode."""
     cache: bool = True
     """Run what is frozen ahead of everything trained once an image, and keep its features on disk."""
+    compile: bool = False
+    """Run the model, or what is left of it to run on features, and the optimizer's step through ``torch.compile``."""
     amp: Literal["bf16"] | None = None
     """Numbers of matrix products and convolutions under autocast; None: float32."""
 
@@ -159,31 +161,36 @@ def train_arm(
         torch.manual_seed(seed)
         optimizer = make_optimizer(settings.optimizer, applied.param_groups, lr=settings.lr)
         schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (settings.warmup or 1)))
+        module = fed.module
+        step: Callable[[], object] = optimizer.step
+        if settings.compile:
+            module.compile()
+            step = torch.compile(step)
         trainable = list(applied.trainable_parameters())
         order = torch.Generator().manual_seed(seed)
         epochs = []
         for number in range(1, settings.epochs + 1):
             started = time.perf_counter()
-            fed.module.train()
+            module.train()
             total = torch.zeros((), device=device)
             for rows in batches(len(train.labels), settings.batch_size, order):
                 with _explained(settings):
-                    loss = F.cross_entropy(fed.module(fed.train(rows)), train.labels[rows.to(device)])
+                    loss = F.cross_entropy(module(fed.train(rows)), train.labels[rows.to(device)])
                     optimizer.zero_grad()
                     loss.backward()  # type: ignore[no-untyped-call]
                 if settings.clip is not None:
                     nn.utils.clip_grad_norm_(trainable, settings.clip)
-                optimizer.step()
+                step()
                 schedule.step()
                 total += loss.detach() * len(rows)
                 progress.batch(len(rows), loss.detach())
             train_loss = float(total) / len(train.labels)
             trained = time.perf_counter()
-            logits = predict(fed, fed.val, len(val.labels), settings.batch_size)
+            logits = predict(module, fed.val, len(val.labels), settings.batch_size)
             error = _fraction(logits.argmax(1) != val.labels)
             epochs.append(Epoch(number, train_loss, error, trained - started, time.perf_counter() - trained))
             progress.epoch(epochs[-1])
-        answers = predict(fed, fed.train, len(train.labels), settings.batch_size)
+        answers = predict(module, fed.train, len(train.labels), settings.batch_size)
     train_error = _fraction(answers.argmax(1) != train.labels)
     return Run(
         seed=seed,
@@ -232,13 +239,13 @@ def batches(count: int, size: int, order: torch.Generator) -> tuple[Tensor, ...]
     return torch.randperm(count, generator=order).tensor_split(math.ceil(count / size))
 
 
-def predict(fed: Feed, give: Callable[[Tensor], Tensor], count: int, batch_size: int) -> Tensor:
+def predict(module: nn.Module, give: Callable[[Tensor], Tensor], count: int, batch_size: int) -> Tensor:
     """Return a model's answers to every row of a split, in eval mode, without gradients.
 
     The model is left in eval mode. What is not a number becomes zero: a model that blew up names one class.
 
     Args:
-        fed: The model, and what it is fed with.
+        module: The model, or what is left of it to run on features.
         give: Rows to what the model gets for them.
         count: Number of rows.
         batch_size: Rows a pass.
@@ -246,9 +253,9 @@ def predict(fed: Feed, give: Callable[[Tensor], Tensor], count: int, batch_size:
     Returns:
         float32 logits, (N, classes), on the device of the images.
     """
-    fed.module.eval()
+    module.eval()
     with torch.no_grad():
-        logits = [fed.module(give(rows)).float() for rows in torch.split(torch.arange(count), batch_size)]
+        logits = [module(give(rows)).float() for rows in torch.split(torch.arange(count), batch_size)]
     return torch.cat(logits).nan_to_num(nan=0.0)
 
 
