@@ -16,6 +16,7 @@ from torch import nn
 
 from freezeplan import apply_plan
 from freezeplan.forecast import forecast
+from freezeplan.replay import Rest, capture
 from freezeplan.zoo import create_model
 
 
@@ -58,6 +59,28 @@ def main() -> None:
     print(f"{'':32}{'FLOPs':>8}{'time':>8}{'time / predicted':>19}")
     for way, share in predicted.items():
         print(f"{way:32}{share:8.2f}{1 / medians[way]:8.2f}{1 / medians[way] / share:19.2f}")
+    print_behind(given.model, plans[way], images, labels, min(seconds["everything trained"]), given.rounds)
+
+
+def print_behind(
+    name: str, plan: object, images: torch.Tensor, labels: torch.Tensor, whole: float, rounds: int
+) -> None:
+    """Print what the part behind all stages costs, beside what its arithmetic predicts: a reason for a shortfall."""
+    model = create_model(name, num_classes=10)
+    live = apply_plan(model, plan, lr=1.0)
+    prefix = live.prefix(images)
+    rest, features = Rest(model, prefix).train(), capture(model.train(), [prefix], images)[0]
+
+    def run() -> None:
+        model.zero_grad()
+        nn.functional.cross_entropy(rest(features), labels).backward()
+
+    seconds = min(alternate({"rest": run}, rounds)["rest"])
+    found = forecast(
+        lambda: create_model(name, num_classes=10, meta=True), plan, image_size=images.shape[-1], batch_size=len(images)
+    )
+    share = found.cached_ratio or 0.0
+    print(f"behind all stages: {seconds / whole:.3f} of the time, {share:.3f} of the FLOPs of everything")
 
 
 if __name__ == "__main__":

@@ -337,6 +337,7 @@ def run(
         Path | None, typer.Option(metavar="DIR", help="Where results go.", show_default="runs/voc_vgg16-DATE-TIME")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that --out holds.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in --out.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that do not decode.")] = False,
     cache: Annotated[
         bool,
@@ -372,6 +373,7 @@ def run(
         label=label,
         out=out,
         overwrite=overwrite,
+        resume=resume,
         skip_bad=skip_bad,
         cache=cache,
         compile=compile,

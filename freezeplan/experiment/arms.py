@@ -12,6 +12,7 @@ import torch
 
 from freezeplan import Plan, load_plan
 from freezeplan.errors import PlanError, did_you_mean
+from freezeplan.experiment.checkpoint import Checkpoints
 from freezeplan.experiment.train import Progress, Run, Settings, train_arm
 from freezeplan.experiment.voc import VocData, load_split
 from freezeplan.experiment.weights import build
@@ -90,6 +91,7 @@ def run(
     weights: str | Path | None,
     seeds: Sequence[int],
     watch: Watch,
+    checkpoints: Checkpoints | None = None,
 ) -> Outcome:
     """Train every arm with every seed and measure it.
 
@@ -106,6 +108,7 @@ def run(
         weights: A file, ``random``, or None for timm's pretrained weights; see ``weights.build``.
         seeds: Each decides the head, ``reinit``, the order of images, and dropout.
         watch: Is told of every step, epoch and arm.
+        checkpoints: Where states are kept, and found again; None: nowhere.
 
     Returns:
         Plans and figures.
@@ -136,7 +139,15 @@ def run(
                 splits = train, val
             for arm, plan in plans.items():
                 watch.started(arm, seed, len(splits[0].labels) * settings.epochs)
-                trained = train_arm(copy.deepcopy(start).to(device), plan, splits, settings, seed=seed, progress=watch)
+                trained = train_arm(
+                    copy.deepcopy(start).to(device),
+                    plan,
+                    splits,
+                    settings,
+                    seed=seed,
+                    progress=watch,
+                    checkpoint=checkpoints.of(arm, seed) if checkpoints is not None else None,
+                )
                 runs[arm].append(trained)
                 watch.finished(arm, trained)
     finally:

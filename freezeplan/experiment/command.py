@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,8 @@ import torch
 from freezeplan import render
 from freezeplan.errors import FreezePlanError, MissingExtraError
 from freezeplan.experiment.arms import ARMS, load_arms, run
-from freezeplan.experiment.results import FILES, check_free, summarise, write_results
+from freezeplan.experiment.checkpoint import open_checkpoints
+from freezeplan.experiment.results import FILES, check_free, finished, summarise, write_results
 from freezeplan.experiment.sample import BATCH_SIZE, EPOCHS, weights_path, write_sample
 from freezeplan.experiment.screen import Screen, print_results, print_settings
 from freezeplan.experiment.train import OptimizerName, Settings
@@ -69,6 +70,7 @@ def voc_vgg16(
     label: LabelRule | None = None,
     out: Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     skip_bad: bool = False,
     cache: bool = True,
     compile: bool = False,
@@ -102,6 +104,8 @@ def voc_vgg16(
             ``largest``, which is a choice, as the lecture does not say.
         out: None: ``runs/voc_vgg16-DATE-TIME`` in the working directory.
         overwrite: Replace results that ``out`` holds.
+        resume: Go on with the run that ``out`` holds unfinished, or begin it; on the CPU to the same bits. A finished
+            one stays as it is.
         skip_bad: Leave out images that do not decode, and say how many.
         cache: Whether what is frozen ahead of everything trained is run once an image, in the user's cache folder, and
             its features are shared by arms, seeds and runs; the numbers are the same up to rounding.
@@ -118,8 +122,16 @@ def voc_vgg16(
         if find_spec(package) is None:
             raise MissingExtraError(package, "run")
     plans = load_arms(arm or ARMS)
+    if resume and (out is None or overwrite):
+        raise FreezePlanError(
+            "--resume goes on with the run in --out, which has to be given, and overwrites nothing",
+            notes=["freezeplan run voc_vgg16 --resume --out DIR"],
+        )
     out = out or RUNS / time.strftime("voc_vgg16-%Y%m%d-%H%M%S")
-    check_free(out, overwrite=overwrite)
+    if resume and finished(out):
+        render.stdout().print(f"{out}: finished already", soft_wrap=True)
+        return out
+    check_free(out, overwrite=overwrite or resume)
     sample = data is None
     model = model or (SAMPLE_MODEL if sample else MODEL)
     if sample and model == SAMPLE_MODEL and weights is None:
@@ -154,9 +166,16 @@ def voc_vgg16(
             "arms": ", ".join(plans),
             "seeds": ", ".join(map(str, seeds)),
         }
+        decisive = {name: value for name, value in asdict(settings).items() if name not in ("workers", "skip_bad")}
+        checkpoints = open_checkpoints(
+            out, {**facts, **decisive}, resume=resume, overwrite=overwrite,
+            warn=lambda text: stderr.print(text, soft_wrap=True),
+        )  # fmt: skip
         print_settings(stdout, facts, settings, frozenset(given), sample=sample)
         with Screen(stderr, settings.epochs) as screen:
-            outcome = run(voc, plans, settings, model=model, weights=weights, seeds=seeds, watch=screen)
+            outcome = run(
+                voc, plans, settings, model=model, weights=weights, seeds=seeds, watch=screen, checkpoints=checkpoints
+            )
     title = weights_title(model, weights)
     results = summarise(outcome, voc, settings, model=model, weights=title, sample=sample)
     print_results(stdout, results)
@@ -166,6 +185,7 @@ def voc_vgg16(
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         stderr.print(f"{count} left out: {', '.join(bad[:5])}{more}", soft_wrap=True)
     write_results(out, results)
+    checkpoints.remove()
     stdout.print(f"\nWritten to {out}: {', '.join(FILES)}", soft_wrap=True)
     return out
 

@@ -112,6 +112,11 @@ def to_png(results: Mapping[str, Any]) -> bytes:
     return picture.getvalue()
 
 
+def finished(out: Path) -> bool:
+    """Return whether a folder holds all files of a run."""
+    return all((out / name).exists() for name in FILES)
+
+
 def check_free(out: Path, *, overwrite: bool) -> None:
     """Make sure, before anything is trained, that results can be written to a folder. Changes nothing.
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 import timm.optim
@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from freezeplan import Plan, apply_plan
 from freezeplan.errors import ModelError
+from freezeplan.experiment.checkpoint import Checkpoint
 from freezeplan.experiment.feed import feed
 from freezeplan.experiment.voc import LabelRule, Split
 
@@ -119,7 +120,14 @@ class Progress(Protocol):
 
 
 def train_arm(
-    model: nn.Module, plan: Plan, data: tuple[Split, Split], settings: Settings, *, seed: int, progress: Progress
+    model: nn.Module,
+    plan: Plan,
+    data: tuple[Split, Split],
+    settings: Settings,
+    *,
+    seed: int,
+    progress: Progress,
+    checkpoint: Checkpoint | None = None,
 ) -> Run:
     """Train one arm and measure it.
 
@@ -136,6 +144,8 @@ def train_arm(
         settings: Everything else.
         seed: Decides shuffling, ``reinit``, dropout.
         progress: Is told of every step and epoch.
+        checkpoint: Where the state after each epoch is kept, and found again: on the CPU a run that was stopped at
+            any moment and goes on gives the same bits as one that was not.
 
     Returns:
         The arm's figures.
@@ -145,6 +155,9 @@ def train_arm(
         ModelError: If the model cannot be trained on batches of this size: too large for the device's memory, or a
             single image where a norm layer needs several.
     """
+    saved = checkpoint.load() if checkpoint is not None else None
+    if saved is not None and "run" in saved:
+        return _run_again(saved["run"])
     train, val = data
     device = train.images.device
     model.to(memory_format=torch.channels_last)
@@ -168,8 +181,12 @@ def train_arm(
             step = torch.compile(step)
         trainable = list(applied.trainable_parameters())
         order = torch.Generator().manual_seed(seed)
-        epochs = []
-        for number in range(1, settings.epochs + 1):
+        parts = _Parts(model, optimizer, schedule, order)
+        epochs = parts.restore(saved) if saved is not None else []
+        logits = None
+        for epoch in epochs:
+            progress.epoch(epoch)
+        for number in range(len(epochs) + 1, settings.epochs + 1):
             started = time.perf_counter()
             module.train()
             total = torch.zeros((), device=device)
@@ -189,10 +206,14 @@ def train_arm(
             logits = predict(module, fed.val, len(val.labels), settings.batch_size)
             error = _fraction(logits.argmax(1) != val.labels)
             epochs.append(Epoch(number, train_loss, error, trained - started, time.perf_counter() - trained))
+            if checkpoint is not None:
+                checkpoint.save(parts.state(epochs))
             progress.epoch(epochs[-1])
+        if logits is None:  # stopped after the last epoch
+            logits = predict(module, fed.val, len(val.labels), settings.batch_size)
         answers = predict(module, fed.train, len(train.labels), settings.batch_size)
     train_error = _fraction(answers.argmax(1) != train.labels)
-    return Run(
+    run = Run(
         seed=seed,
         epochs=tuple(epochs),
         val=measure(logits, val),
@@ -203,6 +224,43 @@ def train_arm(
         features_computed=fed.computed,
         features_seconds=fed.seconds,
     )
+    if checkpoint is not None:
+        checkpoint.save({"run": asdict(run)})
+    return run
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """All that an epoch changes."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    order: torch.Generator
+
+    def state(self, epochs: list[Epoch]) -> dict[str, Any]:
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        return {
+            "model": {name: value for name, value in self.model.state_dict().items() if name not in frozen},
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "order": self.order.get_state(),
+            "random": torch.get_rng_state(),
+            "epochs": [asdict(epoch) for epoch in epochs],
+        }
+
+    def restore(self, state: dict[str, Any]) -> list[Epoch]:
+        self.model.load_state_dict(state["model"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.order.set_state(state["order"])
+        torch.set_rng_state(state["random"])
+        return [Epoch(**epoch) for epoch in state["epochs"]]
+
+
+def _run_again(found: dict[str, Any]) -> Run:
+    epochs = tuple(Epoch(**epoch) for epoch in found["epochs"])
+    return Run(**{**found, "epochs": epochs, "val": Measured(**found["val"])})
 
 
 def make_optimizer(name: OptimizerName, groups: list[dict[str, Any]], *, lr: float) -> torch.optim.Optimizer:
