@@ -173,6 +173,7 @@ class AppliedPlan:
         self._multiplier: rates.Multiplier | None = None
         self._before = apply.remember(model)
         self._seal: guard.Seal | None = None
+        self._memoised: tuple[Any, list[tuple[Resolution, Prefix]], replay.Rest] | None = None
 
     @property
     def plan(self) -> Plan:
@@ -270,6 +271,7 @@ class AppliedPlan:
         return changed
 
     def _enter(self) -> None:
+        self._memoised = None
         apply.enter(self.model, self._part)
         if self._multiplier is not None:
             self._multiplier.use(self._rates())
@@ -453,9 +455,11 @@ class AppliedPlan:
             self.model.to(there)
             try:
                 sample = cache.first_images(dataset, views, seed).to(there)
-                found = self._boundaries(sample, where, dtype)
-                rest = replay.Rest(self.model, found[0].prefix)
-                replay.prove(self.model, rest, found[0].prefix, sample)
+                parts, rest = self._proven(sample)
+                keys = {cache.key(self.model, part, ahead, dtype, there): (part, ahead) for part, ahead in parts}
+                for name, (part, ahead) in keys.items():
+                    store.begin(where / name, self._about(part, ahead, dtype))
+                found = [cache.Boundary(ahead, where / name) for name, (_, ahead) in keys.items()]
                 self.model.train()
                 features = cache.fill(
                     self.model, found, dataset, views=views, seed=seed, dtype=dtype, batch_size=batch_size,
@@ -466,15 +470,19 @@ class AppliedPlan:
                 self.model.to(home)
         return features, rest
 
-    def _boundaries(self, sample: torch.Tensor, where: Path, dtype: cache.FeatureDtype) -> list[cache.Boundary]:
-        """What can be memoised now, and in later phases as far as it is frozen until then."""
+    def _proven(self, sample: torch.Tensor) -> tuple[list[tuple[Resolution, Prefix]], replay.Rest]:
+        """What can be memoised now, and in later phases as far as it is frozen until then; proved once a phase."""
+        facts = (sample.shape, sample.dtype, sample.device)
+        if self._memoised is not None and self._memoised[0] == facts:
+            return self._memoised[1:]
         now = self.prefix(sample)
         if not now.stored:
             raise ApplyError(f"there is nothing to keep: {now}", notes=["train on images, with the same plan"])
         if now.advice:
             warnings.warn(now.advice, FreezePlanWarning, stacklevel=3)
-        parts = self.resolution.parts
-        later = parts[phases.phase_at(self.plan.phases, self._progress, self._epochs) + 1 :]
+        rest = replay.Rest(self.model, now)
+        replay.prove(self.model, rest, now, sample)
+        later = self.resolution.parts[phases.phase_at(self.plan.phases, self._progress, self._epochs) + 1 :]
         found = [(self._part, now)]
         still = {row.name for row in self._part.frozen}
         try:
@@ -489,11 +497,8 @@ class AppliedPlan:
         finally:
             if later:
                 apply.enter(self.model, self._part)
-        model, device = self.model, sample.device
-        keys = {cache.key(model, part, ahead, dtype, device): (part, ahead) for part, ahead in found}
-        for name, (part, ahead) in keys.items():
-            store.begin(where / name, self._about(part, ahead, dtype))
-        return [cache.Boundary(ahead, where / name) for name, (_, ahead) in keys.items()]
+        self._memoised = facts, found, rest
+        return found, rest
 
     def _about(self, part: Resolution, found: Prefix, dtype: str) -> dict[str, Any]:
         return {
@@ -516,7 +521,7 @@ class AppliedPlan:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model, an average of its weights for one, is attached to no optimizer.
-        return {**self.__dict__, "_multiplier": None}
+        return {**self.__dict__, "_multiplier": None, "_memoised": None}
 
     def __enter__(self) -> AppliedPlan:
         return self
