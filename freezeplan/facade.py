@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from freezeplan import apply, guard, names, phases, prefix, rates, zoo
+from freezeplan import apply, delta, guard, names, phases, prefix, rates, zoo
 from freezeplan.errors import ApplyError, FreezePlanWarning
 from freezeplan.load import PlanLike, load_plan
 from freezeplan.plan import Plan
@@ -351,6 +352,37 @@ class AppliedPlan:
         if self._seal is None:
             raise ApplyError("nothing to compare with: no seal was taken", notes=["call seal() before training"])
         return guard.compare(self.model, self.resolution, self._seal)
+
+    def save_delta(self, path: str | Path) -> None:
+        """Write what the training changed into a file that goes onto the base it was made on, and onto no other.
+
+        It holds the trained tensors and moved buffers (safetensors), the plan, the phase, timm's name of the model and
+        timm's version, and the digests of all that stood still. ``freezeplan.load_delta(model, path)`` reads it.
+
+        Args:
+            path: Where the file goes; it is written under another name and renamed.
+
+        Raises:
+            ApplyError: If the plan is not live, or what was sealed has moved.
+            OutputError: If the file cannot be written.
+
+        Examples:
+            >>> import tempfile
+            >>> from freezeplan.zoo import create_model
+            >>> live = apply_plan(create_model("test_resnet", num_classes=3), "linear_probe")
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     live.save_delta(Path(folder, "probe.safetensors"))
+            ...     print([file.name for file in Path(folder).iterdir()])
+            ['probe.safetensors']
+        """
+        self._check_live()
+        found = guard.compare(self.model, self.resolution, self._seal) if self._seal is not None else None
+        if found is not None and not found:
+            raise ApplyError(
+                f"{len(found.moved)} frozen tensors and buffers moved since the seal, so no base would fit this delta",
+                notes=[str(moved) for moved in found.moved[:3]],
+            )
+        delta.save(self.model, self.resolution, self.phase, path)
 
     def prefix(self, sample: torch.Tensor) -> prefix.Prefix:
         """Say what of a forward pass is the same for an image in every epoch, and what it would cost to keep.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -107,8 +107,19 @@ def compare(model: nn.Module, resolution: Resolution, seal: Seal) -> Verificatio
 def _distance(before: tuple[Tensor, ...], after: list[Tensor]) -> float | None:
     if not before or [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
         return None
+    return largest_change(before, after)
+
+
+def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Return the largest absolute difference of tensors of the same shapes, in their own units; 0 for empty ones.
+
+    Examples:
+        >>> largest_change([torch.zeros(2)], [torch.tensor([0.5, -1.0])])
+        1.0
+    """
     pairs = zip(before, after, strict=True)
-    return max(float((b.double() - a.detach().to(b.device).double()).abs().max()) for b, a in pairs)
+    changes = (b.detach().double() - a.detach().to(b.device).double() for b, a in pairs if b.numel())
+    return max((float(change.abs().max()) for change in changes), default=0.0)
 
 
 def _cause(model: nn.Module, name: str, now: Mapping[str, list[Tensor]]) -> str:

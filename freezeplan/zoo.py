@@ -153,6 +153,18 @@ def title(model: nn.Module) -> str:
     return str(_config(model).get("architecture") or type(model).__name__)
 
 
+def timm_version(model: nn.Module) -> str:
+    """Return the version of timm that is installed; empty for a model that is not timm's.
+
+    Examples:
+        >>> timm_version(nn.Linear(2, 2))
+        ''
+    """
+    import timm
+
+    return str(timm.__version__) if is_timm(model) else ""
+
+
 def _config(model: nn.Module) -> Mapping[str, Any]:
     """Return timm's configuration of a model; empty for others."""
     return cast(Mapping[str, Any], model.pretrained_cfg) if is_timm(model) else {}

@@ -20,6 +20,7 @@ NAMES = [
     "applied",
     "apply_plan",
     "infer_plan",
+    "load_delta",
     "load_plan",
     "resolve_plan",
 ]
@@ -47,6 +48,7 @@ SIGNATURES = {
         "scheduler: 'apply.Scheduler' = 'torch', replace: 'bool' = False, epochs: 'int | None' = None) -> 'AppliedPlan'"
     ),
     "infer_plan": "(model: 'nn.Module', optimizer: 'torch.optim.Optimizer | None' = None) -> 'Plan'",
+    "load_delta": "(model: 'nn.Module', path: 'str | Path') -> 'Delta'",
     "load_plan": "(plan: 'PlanLike') -> 'Plan'",
     "resolve_plan": "(plan: 'PlanLike', model: 'nn.Module') -> 'Resolution'",
 }
@@ -69,6 +71,7 @@ def test_what_an_applied_plan_offers():
         "phase",
         "plan",
         "prefix",
+        "save_delta",
         "seal",
         "state_dict",
         "step",

@@ -31,6 +31,7 @@ CORE = [
     "rates",
     "phases",
     "guard",
+    "delta",
     "prefix",
     "facade",
     "report",
