@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from freezeplan import apply, guard, names, zoo
+from freezeplan import apply, evidence, guard, names, zoo
 from freezeplan.errors import OutputError, PlanError, WeightsError
 from freezeplan.load import load_plan
 from freezeplan.plan import Plan
@@ -181,6 +181,25 @@ def load_delta(model: nn.Module, path: str | Path) -> Delta:
     return delta
 
 
+def apply_to_state(delta: Delta, state: Mapping[str, Tensor], *, where: str, base: str) -> dict[str, Tensor]:
+    """Return a base's tensors with a delta in their place, without building the model.
+
+    Args:
+        delta: What a file holds.
+        state: Name -> tensor of the base; wrappers' names do not count. What was trained may be in it or not.
+        where: The delta's file, for the error.
+        base: The base's file, for the error.
+
+    Raises:
+        WeightsError: If it is the delta of another base: the first tensor that differs is named.
+    """
+    whole = state.keys() >= delta.held.keys()  # a name such as ``stages.0.module.weight`` may be the model's own
+    known = {name: [tensor] for name, tensor in state.items()} if whole else names.grouped(nn.Module(), state)
+    live = {key: tensor for key, tensor in _numbered(known.items()) if key not in delta.tensors}
+    check(delta, {**live, **delta.tensors}, where=where, model=base)
+    return {**live, **delta.tensors}
+
+
 def check(delta: Delta, base: Mapping[str, Tensor], *, where: str, model: str) -> None:
     """Refuse a base that is not the one that a delta was made on.
 
@@ -255,7 +274,7 @@ def compare(first: Delta, second: Delta) -> tuple[Difference, ...]:
         elif (one.shape, one.dtype) != (two.shape, two.dtype):
             found.append(Difference(name, f"{_kind(one)} -> {_kind(two)}"))
         elif guard.digest([one]) != guard.digest([two]):
-            amount = guard.largest_change([one], [two])
+            amount = evidence.largest_change([one], [two])
             found.append(Difference(name, f"differs by up to {amount:.3g}", amount))
     return tuple(found)
 

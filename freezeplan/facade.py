@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -338,7 +339,12 @@ class AppliedPlan:
             copy: Keep the values too, so that ``verify`` can say by how much something moved; costs their memory.
         """
         self._check_live()
+        self._unseal()
         self._seal = guard.take_seal(self.model, self.resolution, copy=copy)
+
+    def _unseal(self) -> None:
+        if self._seal is not None:
+            self._seal.loads.remove()
 
     def verify(self) -> guard.Verification:
         """Compare what is frozen with the seal, bit by bit.
@@ -417,12 +423,14 @@ class AppliedPlan:
             if self._multiplier is not None:
                 self._multiplier.remove()
                 self._multiplier = None
+            self._unseal()
             apply.restore(self.model, self._before)
             del self.model.__dict__[_ATTRIBUTE]
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model, an average of its weights for one, is attached to no optimizer.
-        return {**self.__dict__, "_multiplier": None}
+        # A copy of the model, an average of its weights for one, is attached to no optimizer and lies elsewhere.
+        seal = self._seal and dataclasses.replace(self._seal, places={})
+        return {**self.__dict__, "_multiplier": None, "_seal": seal}
 
     def __enter__(self) -> AppliedPlan:
         return self
