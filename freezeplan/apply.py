@@ -142,6 +142,16 @@ def _set_pin(module: nn.Module, whole: bool) -> None:
         empty_cache(module)
 
 
+def pinned(model: nn.Module) -> set[int]:
+    """Return the ``id`` of every module that a pin holds in eval, its own or one above it."""
+    found: set[int] = set()
+    for module in model.modules():
+        pin_here = module.__dict__.get("train")
+        if isinstance(pin_here, Pin):
+            found |= {id(part) for part in (module.modules() if pin_here.whole else (module,))}
+    return found
+
+
 def unpin(model: nn.Module) -> None:
     """Take every pin away; what was pinned gets the mode that was last asked for."""
     for module in model.modules():

@@ -45,7 +45,8 @@ SIGNATURES = {
     "applied": "(model: 'nn.Module') -> 'AppliedPlan | None'",
     "apply_plan": (
         "(model: 'nn.Module', plan: 'PlanLike', *, lr: 'float | None' = None, weight_decay: 'float | None' = None, "
-        "scheduler: 'apply.Scheduler' = 'torch', replace: 'bool' = False, epochs: 'int | None' = None) -> 'AppliedPlan'"
+        "scheduler: 'apply.Scheduler' = 'torch', replace: 'bool' = False, epochs: 'int | None' = None, "
+        "guard: 'bool' = True) -> 'AppliedPlan'"
     ),
     "infer_plan": "(model: 'nn.Module', optimizer: 'torch.optim.Optimizer | None' = None) -> 'Plan'",
     "load_delta": "(model: 'nn.Module', path: 'str | Path') -> 'Delta'",
@@ -66,12 +67,14 @@ def test_what_an_applied_plan_offers():
 
     assert offered == {
         "attach",
+        "check",
         "load_state_dict",
         "param_groups",
         "phase",
         "plan",
         "prefix",
         "save_delta",
+        "scheduler_kwargs",
         "seal",
         "state_dict",
         "step",

@@ -33,6 +33,8 @@ CORE = [
     "evidence",
     "statefile",
     "guard",
+    "schedules",
+    "faults",
     "delta",
     "prefix",
     "facade",
