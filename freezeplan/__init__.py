@@ -23,12 +23,14 @@ _HOME = {
     "applied": "facade",
     "apply_plan": "facade",
     "infer_plan": "infer",
+    "load_delta": "delta",
     "load_plan": "load",
     "resolve_plan": "facade",
 }
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    from freezeplan.delta import load_delta as load_delta
     from freezeplan.errors import FreezePlanError as FreezePlanError
     from freezeplan.errors import FreezePlanWarning as FreezePlanWarning
     from freezeplan.facade import AppliedPlan as AppliedPlan

@@ -45,11 +45,12 @@ class Pin:
         type(module).train(module, mode and not self.whole)
         module.training = False
         for part in module.modules() if self.whole else (module,):
-            _empty_cache(part)
+            empty_cache(part)
         return module
 
 
-def _empty_cache(module: nn.Module) -> None:
+def empty_cache(module: nn.Module) -> None:
+    """Drop what a module derived from its weights and kept (levit's ``attention_bias_cache``); not what is below it."""
     cache = getattr(module, "attention_bias_cache", None)
     if isinstance(cache, dict):
         cache.clear()
@@ -92,7 +93,7 @@ def restore(model: nn.Module, before: Before) -> None:
     for name, found in names.modules(model).items():
         for module, training in zip(found, before.training.get(name, ()), strict=False):
             module.training = training
-            _empty_cache(module)
+            empty_cache(module)
 
 
 def set_flags(model: nn.Module, resolution: Resolution) -> None:
@@ -138,7 +139,17 @@ def _set_pin(module: nn.Module, whole: bool) -> None:
         found(module.training)
     else:  # this module alone: the modes below are not this pin's business
         module.training = False
-        _empty_cache(module)
+        empty_cache(module)
+
+
+def pinned(model: nn.Module) -> set[int]:
+    """Return the ``id`` of every module that a pin holds in eval, its own or one above it."""
+    found: set[int] = set()
+    for module in model.modules():
+        pin_here = module.__dict__.get("train")
+        if isinstance(pin_here, Pin):
+            found |= {id(part) for part in (module.modules() if pin_here.whole else (module,))}
+    return found
 
 
 def unpin(model: nn.Module) -> None:
@@ -277,7 +288,27 @@ def reinitialise(model: nn.Module, resolution: Resolution, seed: int) -> None:
     for name in wanted:
         for target, value in zip(old[name], new[name], strict=True):
             target.copy_(value)
-    _copy_buffers(model, source, {name: rows <= wanted for name, rows in _rows_below(resolution).items()})
+    anew, live = names.buffers(source), names.buffers(model)
+    for name in started_anew(model, resolution) & live.keys() & anew.keys():
+        for buffer, value_anew in zip(live[name], anew[name], strict=True):
+            buffer.copy_(value_anew)
+
+
+def started_anew(model: nn.Module, resolution: Resolution) -> set[str]:
+    """Return the names of what ``reinit`` gives new values: parameters, and the buffers that start anew with them.
+
+    A buffer does where all parameters of its module do, or of the nearest module above that has any.
+    """
+    wanted = {row.name for row in resolution.rows if row.reinit}
+    below = _rows_below(resolution) if wanted else {}
+    found = set(wanted)
+    for name in names.buffers(model) if wanted else ():
+        module = names.owner(name)
+        while module and module not in below:
+            module = names.owner(module)
+        if module in below and below[module] <= wanted:
+            found.add(name)
+    return found
 
 
 def _rows_below(resolution: Resolution) -> dict[str, set[str]]:
@@ -288,21 +319,6 @@ def _rows_below(resolution: Resolution) -> dict[str, set[str]]:
             for module in ("", *prefixes(name)):
                 below.setdefault(module, set()).add(row.name)
     return below
-
-
-def _copy_buffers(model: nn.Module, source: nn.Module, anew: Mapping[str, bool]) -> None:
-    """Statistics start anew with their module: where all parameters of it, or of the nearest above with any, do.
-
-    ``anew`` says so for each module that has parameters below it.
-    """
-    new = names.buffers(source)
-    for name, found in names.buffers(model).items():
-        module = names.owner(name)
-        while module and module not in anew:
-            module = names.owner(module)
-        if anew.get(module) and name in new:
-            for target, value in zip(found, new[name], strict=True):
-                target.copy_(value)
 
 
 def _reset(model: nn.Module, wanted: set[str], seed: int) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import freezeplan
-from freezeplan import picture, render, report, store
+from freezeplan import picture, proof_commands, render, report, store
 from freezeplan.description import Description
 from freezeplan.difference import compare
 from freezeplan.dump import dump
@@ -46,6 +46,8 @@ Format = Literal["timm", "finetuning-scheduler", "mmengine"]
 # Stated here and not imported: the experiment brings torch with it, and --help should not wait for that.
 EPOCHS = "20; sample: 25"
 BATCH_SIZE = "32; sample: 16"
+app.command()(proof_commands.verify)
+app.add_typer(proof_commands.delta, name="delta")
 
 
 def main() -> None:

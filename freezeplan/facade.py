@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from freezeplan import apply, cache, guard, names, phases, rates, replay, store, zoo
+from freezeplan import apply, cache, delta, faults, names, phases, rates, replay, schedules, store, zoo
+from freezeplan import guard as guards
 from freezeplan.errors import ApplyError, FreezePlanWarning
 from freezeplan.load import PlanLike, load_plan
 from freezeplan.plan import Plan
@@ -54,6 +57,7 @@ def apply_plan(
     scheduler: apply.Scheduler = "torch",
     replace: bool = False,
     epochs: int | None = None,
+    guard: bool = True,
 ) -> AppliedPlan:
     """Freeze and train the parameters of a model as a plan says.
 
@@ -73,6 +77,7 @@ def apply_plan(
             ``applied.attach(optimizer)`` multiplies inside ``optimizer.step()``, exact under every scheduler.
         replace: Undo the plan that is live on this model first.
         epochs: Epochs of the whole training, where a phase ends after a percentage of them.
+        guard: Whether ``applied.step`` checks what ``applied.check`` does, before every epoch.
 
     Returns:
         The applied plan. It iterates over its groups, so an optimizer takes it directly.
@@ -116,6 +121,7 @@ def apply_plan(
     if live is not None:
         live.undo()
     handle = AppliedPlan(inner, resolution, lr=lr, weight_decay=weight_decay, scheduler=scheduler, epochs=epochs)
+    handle._guarded = guard
     apply.enter(inner, resolution)
     inner.__dict__[_ATTRIBUTE] = handle
     for use in resolution.uses:
@@ -172,7 +178,9 @@ class AppliedPlan:
         self._progress = phases.Progress()
         self._multiplier: rates.Multiplier | None = None
         self._before = apply.remember(model)
-        self._seal: guard.Seal | None = None
+        self._seal: guards.Seal | None = None
+        self._guarded = True
+        self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
         self._memoised: tuple[Any, list[tuple[Resolution, Prefix]], replay.Rest] | None = None
 
     @property
@@ -232,9 +240,9 @@ class AppliedPlan:
             Whether a new phase has begun.
 
         Raises:
-            ApplyError: If the plan was undone, a metric is missing, the rates need ``attach`` and it was not called, or
-                the phase changes in several processes without one of the two promises: the gradients of what is thawed
-                would not be synchronised, and nothing would say so.
+            ApplyError: If the plan was undone, other code broke it since (see ``check``), a metric is missing, the
+                rates need ``attach`` and it was not called, or the phase changes in several processes without one of
+                the two promises: the gradients of what is thawed would not be synchronised, and nothing would say so.
 
         Examples:
             >>> from freezeplan.zoo import create_model
@@ -252,6 +260,8 @@ class AppliedPlan:
         self._check_live()
         if self._scheduler == "any" and self._multiplier is None:
             raise ApplyError("scheduler='any' multiplies inside optimizer.step()", notes=["applied.attach(optimizer)"])
+        if self._guarded:
+            self._check(f"seen before epoch {epoch}")
         before = self._part
         moved = phases.advance(self.plan.phases, self._progress, self._epochs, epoch, metrics or {})
         after = self.resolution.parts[phases.phase_at(self.plan.phases, moved, self._epochs)]
@@ -309,6 +319,80 @@ class AppliedPlan:
         if self._multiplier is not None:
             self._multiplier.remove()
         self._multiplier = rates.Multiplier(optimizer, self._rates())
+        self._watch([optimizer])
+
+    def check(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Refuse what other code did to the model since the plan was applied, and optimizers that break it.
+
+        Call it once with the optimizers, after their schedulers are made; ``step`` then checks the same before every
+        epoch. Nothing is checked within a training step, and no value is read: ``seal`` and ``verify`` do that.
+
+        Args:
+            *optimizers: All that train this model; without any, those that were given before.
+
+        Raises:
+            ApplyError: With all problems at once. Of the model: parameters lost, added, reshaped; ``requires_grad``
+                set, a gradient left, ``.training`` set or a pin lost by other code; reentrant checkpointing behind a
+                frozen prefix. Of the optimizers: trained parameters that they miss or hold in an outdated form, frozen
+                ones that they hold, nothing to train, rates that a scheduler flattened (it is named, with the arguments
+                that would be right) or that are multiplied twice.
+
+        Examples:
+            >>> from freezeplan.zoo import create_model
+            >>> model = create_model("test_resnet", num_classes=3)
+            >>> live = apply_plan(model, {"version": 1, "rules": [{"match": "fc", "lr_mult": 1}],
+            ...                           "default": {"lr_mult": 0.5}}, lr=0.1)
+            >>> optimizer = torch.optim.SGD(live)
+            >>> live.check(optimizer)
+            >>> scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+            >>> live.check()  # doctest: +ELLIPSIS
+            Traceback (most recent call last):
+            ...
+            freezeplan.errors.ApplyError: OneCycleLR flattened the rates: group 'lr_mult=0.5' has lr 0.004, ...
+        """
+        self._check_live()
+        if optimizers:
+            self._watch(optimizers)
+        self._check("")
+
+    def _watch(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        self._optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
+
+    def _watched(self) -> list[torch.optim.Optimizer]:
+        return [found for found in (reference() for reference in self._optimizers) if found is not None]
+
+    def _check(self, when: str) -> None:
+        problems = faults.of_model(self.model, self._part)
+        if not problems:
+            watched = self._watched()
+            problems = faults.of_optimizers(self.model, self.resolution, watched, self._rates(), self._scheduler)
+        if problems:
+            notes = (when,) if when else ()
+            raise ApplyError(dataclasses.replace(found, notes=(*found.notes, *notes)) for found in problems)
+
+    def scheduler_kwargs(self, scheduler: type | str, **arguments: Any) -> dict[str, Any]:
+        """Return a torch scheduler's arguments with each absolute rate as a list, so that it keeps the plan's ratios.
+
+        Args:
+            scheduler: A class of ``torch.optim.lr_scheduler``, or its name.
+            **arguments: Its arguments as for a multiplier of 1.
+
+        Raises:
+            ApplyError: If the scheduler has an absolute floor that takes no list, is not known to keep ratios, or the
+                plan was applied for another kind of scheduler.
+
+        Examples:
+            >>> from freezeplan.zoo import create_model
+            >>> model = create_model("test_resnet", num_classes=3)
+            >>> rules = [{"role": "head", "lr_mult": 1}, {"match": ".*", "lr_mult": 0.5}]
+            >>> live = apply_plan(model, {"version": 1, "rules": rules, "weight_decay": "all"}, lr=0.1)
+            >>> live.scheduler_kwargs("OneCycleLR", max_lr=0.1, total_steps=10)
+            {'max_lr': [0.05, 0.1], 'total_steps': 10}
+        """
+        self._check_live()
+        if self._scheduler != "torch":
+            raise ApplyError(f"this plan was applied with scheduler={self._scheduler!r}, so schedulers take base rates")
+        return schedules.arguments(scheduler, [group.lr_mult for group in self.resolution.groups], arguments)
 
     def _rates(self) -> dict[int, float]:
         """``id`` of each live trained parameter -> its multiplier in the phase that holds now."""
@@ -342,9 +426,14 @@ class AppliedPlan:
             copy: Keep the values too, so that ``verify`` can say by how much something moved; costs their memory.
         """
         self._check_live()
-        self._seal = guard.take_seal(self.model, self.resolution, copy=copy)
+        self._unseal()
+        self._seal = guards.take_seal(self.model, self.resolution, copy=copy)
 
-    def verify(self) -> guard.Verification:
+    def _unseal(self) -> None:
+        if self._seal is not None:
+            self._seal.loads.remove()
+
+    def verify(self) -> guards.Verification:
         """Compare what is frozen with the seal, bit by bit.
 
         Returns:
@@ -355,7 +444,40 @@ class AppliedPlan:
         """
         if self._seal is None:
             raise ApplyError("nothing to compare with: no seal was taken", notes=["call seal() before training"])
-        return guard.compare(self.model, self.resolution, self._seal)
+        return guards.compare(self.model, self.resolution, self._seal, self._watched())
+
+    def save_delta(self, path: str | Path) -> None:
+        """Write what the training changed into a file that goes onto the base it was made on, and onto no other.
+
+        It holds the trained tensors and moved buffers (safetensors), the plan, the phase, timm's name of the model and
+        timm's version, and the digests of all that stood still. ``freezeplan.load_delta(model, path)`` reads it.
+
+        Args:
+            path: Where the file goes; it is written under another name and renamed.
+
+        Raises:
+            ApplyError: If the plan is not live, or what was sealed has moved.
+            OutputError: If the file cannot be written.
+
+        Examples:
+            >>> import tempfile
+            >>> from freezeplan.zoo import create_model
+            >>> live = apply_plan(create_model("test_resnet", num_classes=3), "linear_probe")
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     live.save_delta(Path(folder, "probe.safetensors"))
+            ...     print([file.name for file in Path(folder).iterdir()])
+            ['probe.safetensors']
+        """
+        self._check_live()
+        found = (
+            guards.compare(self.model, self.resolution, self._seal, self._watched()) if self._seal is not None else None
+        )
+        if found is not None and not found:
+            raise ApplyError(
+                f"{len(found.moved)} frozen tensors and buffers moved since the seal, so no base would fit this delta",
+                notes=[str(moved) for moved in found.moved[:3]],
+            )
+        delta.save(self.model, self.resolution, self.phase, path)
 
     def prefix(self, sample: torch.Tensor) -> Prefix:
         """Say what of a forward pass is the same for an image in every epoch, and what it would cost to keep.
@@ -516,12 +638,14 @@ class AppliedPlan:
             if self._multiplier is not None:
                 self._multiplier.remove()
                 self._multiplier = None
+            self._unseal()
             apply.restore(self.model, self._before)
             del self.model.__dict__[_ATTRIBUTE]
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model, an average of its weights for one, is attached to no optimizer.
-        return {**self.__dict__, "_multiplier": None, "_memoised": None}
+        # A copy of the model, an average of its weights for one, is attached to no optimizer and lies elsewhere.
+        seal = self._seal and dataclasses.replace(self._seal, places={})
+        return {**self.__dict__, "_multiplier": None, "_seal": seal, "_optimizers": [], "_memoised": None}
 
     def __enter__(self) -> AppliedPlan:
         return self

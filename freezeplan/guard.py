@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from freezeplan import names
+from freezeplan import evidence, names
+from freezeplan.errors import WeightsError, did_you_mean
 from freezeplan.resolution import Resolution
 
 
@@ -20,11 +21,15 @@ class Moved:
     name: str
     max_abs: float | None
     """Largest absolute change, in the tensor's own units; None if the seal holds no copy or the shape changed."""
+    relative: float | None
+    """The same over the largest absolute value before; None also where all of that was zero."""
     cause: str
     """The likely cause."""
 
     def __str__(self) -> str:
-        return f"{self.name}: {'' if self.max_abs is None else f'moved by up to {self.max_abs:.3g}; '}{self.cause}"
+        amount = "" if self.max_abs is None else f"moved by up to {self.max_abs:.3g}"
+        share = "" if self.relative is None else f" ({self.relative:.2g} of its largest value)"
+        return f"{self.name}: {amount}{share}{'; ' * bool(amount)}{self.cause}"
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,46 @@ class Verification:
         return "\n".join([f"{len(self.moved)} of {self.checked} frozen tensors and buffers moved", *lines])
 
 
+class Loads:
+    """Counts how often weights were loaded into a module; a hook that ``load_state_dict`` calls and a copy keeps."""
+
+    def __init__(self, module: nn.Module):
+        self.count = 0
+        self._handle = module.register_load_state_dict_post_hook(self)  # type: ignore[no-untyped-call]
+
+    def __call__(self, module: nn.Module, keys: object) -> None:
+        """Count one."""
+        self.count += 1
+
+    def remove(self) -> None:
+        """Take the hook away."""
+        self._handle.remove()
+
+
 @dataclass(frozen=True)
 class Seal:
     """Digests (sha256) of what stands still, by name, and copies where they were asked for."""
 
     digests: Mapping[str, str]
+    places: Mapping[str, tuple[Place, ...]]
+    """Where they lay; empty in a copy of the model, whose tensors lie elsewhere."""
+    loads: Loads
     copies: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which object a tensor was and where its values lay, to tell later how it was changed. It keeps nothing alive."""
+
+    object: int
+    data: int
+    kind: str
+    """Its dtype and shape."""
+
+
+def place(tensor: Tensor) -> Place:
+    """Return where a tensor is now."""
+    return Place(id(tensor), tensor.data_ptr(), f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}")
 
 
 def still(model: nn.Module, resolution: Resolution) -> Iterator[tuple[str, list[Tensor]]]:
@@ -75,7 +114,8 @@ def take_seal(model: nn.Module, resolution: Resolution, *, copy: bool) -> Seal:
     """Return the digests of what must not move; with ``copy`` also its values, at the cost of their memory."""
     now = dict(still(model, resolution))
     copies = {name: tuple(tensor.detach().clone() for tensor in found) for name, found in now.items()} if copy else {}
-    return Seal({name: digest(found) for name, found in now.items()}, copies)
+    places = {name: tuple(map(place, found)) for name, found in now.items()}
+    return Seal({name: digest(found) for name, found in now.items()}, places, Loads(model), copies)
 
 
 def digest(tensors: list[Tensor]) -> str:
@@ -93,35 +133,168 @@ def digest(tensors: list[Tensor]) -> str:
     return found.hexdigest()
 
 
-def compare(model: nn.Module, resolution: Resolution, seal: Seal) -> Verification:
-    """Say what moved since the seal was taken, by how much where it holds copies, and the likely cause."""
+def compare(
+    model: nn.Module, resolution: Resolution, seal: Seal, optimizers: Iterable[torch.optim.Optimizer] = ()
+) -> Verification:
+    """Say what moved since the seal was taken, by how much where it holds copies, and the likely cause.
+
+    Args:
+        model: The model.
+        resolution: What the plan means for it.
+        seal: Taken before.
+        optimizers: Those that are known to train it; one that holds what moved is named.
+    """
     now = dict(still(model, resolution))
-    moved = tuple(
-        Moved(name, _distance(seal.copies.get(name, ()), now.get(name, [])), _cause(model, name, now))
-        for name, sealed in seal.digests.items()
-        if name not in now or digest(now[name]) != sealed
-    )
-    return Verification(len(seal.digests), moved)
+    broken = [name for name, sealed in seal.digests.items() if name not in now or digest(now[name]) != sealed]
+    moved = []
+    for name in broken:
+        tensors, copies = now.get(name, []), seal.copies.get(name, ())
+        if not tensors:
+            cause = "it is no longer in the model"
+        elif isinstance(tensors[0], nn.Parameter):
+            cause = _parameter_cause(tensors, copies, seal.places.get(name, ()), seal.loads.count, list(optimizers))
+        else:
+            in_train = any(module.training for module in names.modules(model).get(names.owner(name), []))
+            counter = _counter(name)
+            ran = _rise(seal.copies.get(counter), now.get(counter)) if counter in broken else 0
+            cause = _buffer_cause(in_train, ran, loaded=seal.loads.count)
+        moved.append(Moved(name, *_amount(copies, tensors), cause))
+    return Verification(len(seal.digests), tuple(moved))
 
 
-def _distance(before: tuple[Tensor, ...], after: list[Tensor]) -> float | None:
+def compare_states(
+    model: nn.Module,
+    resolution: Resolution,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    origins: tuple[str, str],
+) -> Verification:
+    """Say what moved between two files of weights, by how much, and what the change looks like.
+
+    Args:
+        model: The model, which may be on the meta device.
+        resolution: What the plan means for it.
+        before: Name -> tensor, names as they are in the file.
+        after: The same later.
+        origins: What the two files are called, for errors.
+
+    Raises:
+        WeightsError: Where a file lacks what is frozen, or ``before`` has another shape of it than the model.
+    """
+    files = [names.grouped(model, state) for state in (before, after)]
+    wanted = dict(still(model, resolution))
+    for state, origin in zip(files, origins, strict=True):
+        missing = [name for name in wanted if name not in state]
+        if missing:
+            raise WeightsError(
+                f"lacks {len(missing)} of {len(wanted)} frozen tensors and buffers, such as {missing[0]!r}",
+                where=origin,
+                notes=[*did_you_mean(missing[0], state), f"it begins with {next(iter(state))!r}"],
+            )
+    moved = []
+    for name, tensors in wanted.items():
+        one, two = (state[name] for state in files)
+        if [t.shape for t in one] != [t.shape for t in tensors]:
+            shapes = [[tuple(t.shape) for t in part] for part in (one, tensors)]
+            raise WeightsError(f"has {name!r} in shape {shapes[0]}, the model in {shapes[1]}", where=origins[0])
+        if digest(one) == digest(two):
+            continue
+        if isinstance(tensors[0], nn.Parameter):
+            places = tuple(map(place, one))
+            kinds = [found.kind for found in places] != [found.kind for found in map(place, two)]
+            cause = _changed_kind(places, two) if kinds else _pattern_cause(one, two) or _UNKNOWN
+        else:
+            counter = _counter(name)
+            cause = _buffer_cause(False, _rise(files[0].get(counter), files[1].get(counter)), loaded=0)
+        moved.append(Moved(name, *_amount(one, two), cause))
+    return Verification(len(wanted), tuple(moved))
+
+
+_UNKNOWN = "other code wrote it: an optimizer that holds it, an average of weights, or a loader"
+_PATTERNS = {
+    "rounded": "its values were rounded to half precision and back",
+    "shrunk": "weight decay on a zero gradient: all its values shrank by one factor; an optimizer holds it",
+    "drift": "it moved by rounding only: an average of weights (EMA) was put in its place",
+    "unrelated": "it has other values altogether: a loader or an initialisation overwrote it",
+}
+
+
+def _amount(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float | None, float | None]:
     if not before or [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
-        return None
-    pairs = zip(before, after, strict=True)
-    return max(float((b.double() - a.detach().to(b.device).double()).abs().max()) for b, a in pairs)
+        return None, None
+    return evidence.largest_change(before, after), evidence.relative_change(before, after)
 
 
-def _cause(model: nn.Module, name: str, now: Mapping[str, list[Tensor]]) -> str:
-    tensors = now.get(name, [])
-    if not tensors:
-        return "it is no longer in the model"
-    if not isinstance(tensors[0], nn.Parameter):
-        live = names.modules(model).get(names.owner(name), [])
-        if any(module.training for module in live):
-            return "its module is in train: something set .training by hand"
-        return "a buffer was written by other code: a loader, or statistics updated in train"
+def _changed_kind(before: Sequence[Place], after: Sequence[Tensor]) -> str:
+    return f"it went from {before[0].kind} to {place(after[0]).kind}: it was cast or replaced"
+
+
+def _pattern_cause(before: Sequence[Tensor], after: Sequence[Tensor]) -> str:
+    return _PATTERNS.get(evidence.pattern(before, after), "") if before else ""
+
+
+def _parameter_cause(
+    tensors: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    sealed: Sequence[Place],
+    loads: int,
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> str:
+    """The likely cause, the surest evidence first."""
     if any(tensor.requires_grad for tensor in tensors):
         return "requires_grad was set back to True by other code"
+    places = [place(tensor) for tensor in tensors]
+    if sealed and [found.object for found in places] != [found.object for found in sealed]:
+        return (
+            "the parameter was replaced after the plan was applied: load_state_dict(assign=True), to_empty, "
+            "reset_classifier or fully_shard"
+        )
+    if sealed and [found.kind for found in places] != [found.kind for found in sealed]:
+        return _changed_kind(sealed, tensors)
+    looks = evidence.pattern(copies, tensors) if copies else ""
+    if looks in ("shrunk", "rounded"):
+        return _PATTERNS[looks] + _holder(tensors, optimizers)
     if any(tensor.grad is not None for tensor in tensors):
-        return "a gradient was left on it, and an optimizer outside the plan used it"
-    return "other code wrote it: an optimizer that holds it, an average of weights, or a loader"
+        return "a gradient was left on it, and an optimizer outside the plan used it" + _holder(tensors, optimizers)
+    holder = _holder(tensors, optimizers)
+    if holder:
+        return f"an optimizer holds it{holder}"
+    if looks == "drift":
+        return _PATTERNS[looks]
+    if loads:
+        return "load_state_dict wrote it: a loader, or averaged weights (EMA) swapped in"
+    if sealed and [found.data for found in places] != [found.data for found in sealed]:
+        return "its data was exchanged: averaged weights (EMA) or others were swapped in"
+    return _PATTERNS.get(looks, _UNKNOWN)
+
+
+def _holder(tensors: Sequence[Tensor], optimizers: Sequence[torch.optim.Optimizer]) -> str:
+    wanted = {id(tensor) for tensor in tensors}
+    for optimizer in optimizers:
+        for index, group in enumerate(optimizer.param_groups):
+            if any(id(parameter) in wanted for parameter in group["params"]):
+                return f" ({type(optimizer).__name__}, group {group.get('name') or index})"
+    return ""
+
+
+def _counter(buffer: str) -> str:
+    """Name of the counter of batches beside a buffer of batch norm."""
+    return f"{buffer.rpartition('.')[0]}.num_batches_tracked".lstrip(".")
+
+
+def _rise(before: Sequence[Tensor] | None, after: Sequence[Tensor] | None) -> int | None:
+    """By how much a counter of batches rose; None if it is not known."""
+    if not before or not after:
+        return None
+    return int(after[0]) - int(before[0])
+
+
+def _buffer_cause(in_train: bool, ran: int | None, *, loaded: int) -> str:
+    if in_train:
+        return "its module is in train: something set .training by hand"
+    if ran is None or ran > 0:
+        batches = "" if ran is None else f" for {ran} batch{'es' * (ran > 1)}"
+        return f"live BatchNorm statistics: its module ran in train{batches}"
+    if loaded:
+        return "load_state_dict wrote it: a loader, or averaged weights (EMA) swapped in"
+    return "a buffer was written by other code: a loader, an average of weights, or a reset of statistics"

@@ -8,7 +8,7 @@ tensors. ``module.`` (DDP), ``_orig_mod.`` (compile), ``_fsdp_wrapped_module.``,
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -113,6 +113,17 @@ def buffers(model: nn.Module) -> dict[str, list[Tensor]]:
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
     )
+
+
+def grouped(model: nn.Module, state: Mapping[str, T]) -> dict[str, list[T]]:
+    """Return what a file holds by the canonical names of the model that it belongs to.
+
+    Examples:
+        >>> grouped(nn.Linear(2, 2), {"module.weight": 1, "module.bias": 2})
+        {'weight': [1], 'bias': [2]}
+    """
+    own = called_module(model)
+    return _grouped((canonical(name, own), value) for name, value in state.items())
 
 
 def _grouped(pairs: Iterable[tuple[str, T]]) -> dict[str, list[T]]:

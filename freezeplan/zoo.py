@@ -159,6 +159,38 @@ def title(model: nn.Module) -> str:
     return str(_config(model).get("architecture") or type(model).__name__)
 
 
+def timm_version(model: nn.Module) -> str:
+    """Return the version of timm that is installed; empty for a model that is not timm's.
+
+    Examples:
+        >>> timm_version(nn.Linear(2, 2))
+        ''
+    """
+    import timm
+
+    return str(timm.__version__) if is_timm(model) else ""
+
+
+def reentrant(model: nn.Module) -> str:
+    """Return what of a model checkpoints its activations with ``use_reentrant=True``; empty if nothing does.
+
+    timm's models do where ``grad_checkpointing`` is on and ``set_reentrant_ckpt(True)`` was called.
+
+    Examples:
+        >>> reentrant(create_model("test_vit"))
+        ''
+    """
+    import timm
+
+    for name, module in model.named_modules():
+        implementation = getattr(module, "checkpoint_impl", None)
+        if getattr(implementation, "name", "") == "REENTRANT":
+            return repr(names.canonical_module(name))
+        if getattr(module, "grad_checkpointing", False) is True and timm.layers.use_reentrant_ckpt():
+            return repr(name) if name else title(model)
+    return ""
+
+
 def _config(model: nn.Module) -> Mapping[str, Any]:
     """Return timm's configuration of a model; empty for others."""
     return cast(Mapping[str, Any], model.pretrained_cfg) if is_timm(model) else {}

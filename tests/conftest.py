@@ -10,6 +10,9 @@ from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # an unreachable hub costs a minute of retries; read when it is imported
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes: a thread each, or they wait for each other's threads
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 settings.register_profile("freezeplan", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("freezeplan")
 
@@ -38,3 +41,12 @@ def own_cache_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def a_thread_a_worker():
+    """Torch may have been imported before the environment was set."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        import torch
+
+        torch.set_num_threads(1)

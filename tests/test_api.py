@@ -20,6 +20,7 @@ NAMES = [
     "applied",
     "apply_plan",
     "infer_plan",
+    "load_delta",
     "load_plan",
     "resolve_plan",
 ]
@@ -44,9 +45,11 @@ SIGNATURES = {
     "applied": "(model: 'nn.Module') -> 'AppliedPlan | None'",
     "apply_plan": (
         "(model: 'nn.Module', plan: 'PlanLike', *, lr: 'float | None' = None, weight_decay: 'float | None' = None, "
-        "scheduler: 'apply.Scheduler' = 'torch', replace: 'bool' = False, epochs: 'int | None' = None) -> 'AppliedPlan'"
+        "scheduler: 'apply.Scheduler' = 'torch', replace: 'bool' = False, epochs: 'int | None' = None, "
+        "guard: 'bool' = True) -> 'AppliedPlan'"
     ),
     "infer_plan": "(model: 'nn.Module', optimizer: 'torch.optim.Optimizer | None' = None) -> 'Plan'",
+    "load_delta": "(model: 'nn.Module', path: 'str | Path') -> 'Delta'",
     "load_plan": "(plan: 'PlanLike') -> 'Plan'",
     "resolve_plan": "(plan: 'PlanLike', model: 'nn.Module') -> 'Resolution'",
 }
@@ -64,11 +67,15 @@ def test_what_an_applied_plan_offers():
 
     assert offered == {
         "attach",
+        "cached",
+        "check",
         "load_state_dict",
         "param_groups",
         "phase",
         "plan",
         "prefix",
+        "save_delta",
+        "scheduler_kwargs",
         "seal",
         "state_dict",
         "step",

@@ -30,7 +30,12 @@ CORE = [
     "apply",
     "rates",
     "phases",
+    "evidence",
+    "statefile",
     "guard",
+    "schedules",
+    "faults",
+    "delta",
     "prefix",
     "replay",
     "store",
@@ -46,7 +51,7 @@ CORE = [
 ]
 """The core, in the order in which it can be read: each module imports only what stands above it."""
 
-ORDER = [*CORE, "importers", "experiment", "cli", "__main__"]
+ORDER = [*CORE, "importers", "experiment", "proof_commands", "cli", "__main__"]
 
 ONLY = {"timm": {"zoo"}, "rich": {"render"}, "matplotlib": {"picture"}, "typer": set()}
 """Package -> the modules of the core that may import it."""

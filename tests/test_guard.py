@@ -80,7 +80,7 @@ def train_by_hand(toy):
 
 def write_directly(toy):
     with torch.no_grad():
-        toy.body[0].weight.add_(0.5)
+        toy.body[0].weight.add_(0.1)
 
 
 def write_a_buffer(toy):
@@ -103,6 +103,10 @@ def another_dtype(toy):
     toy.body[0].double()
 
 
+REPLACED = (
+    "body.0.weight: the parameter was replaced after the plan was applied: load_state_dict(assign=True), to_empty, "
+    "reset_classifier or fully_shard"
+)
 MOVES = [
     pytest.param(
         leave_a_gradient,
@@ -128,7 +132,10 @@ MOVES = [
     ),
     pytest.param(
         write_a_buffer,
-        ["body.1.running_mean: a buffer was written by other code: a loader, or statistics updated in train"],
+        [
+            "body.1.running_mean: "
+            "a buffer was written by other code: a loader, an average of weights, or a reset of statistics"
+        ],
         id="buffer-written",
     ),
     pytest.param(
@@ -144,19 +151,19 @@ MOVES = [
     ),
     pytest.param(
         another_shape,
-        ["body.0.weight: other code wrote it: an optimizer that holds it, an average of weights, or a loader"],
+        [REPLACED],
         id="shape",
     ),
     pytest.param(
         same_values_in_another_shape,
-        ["body.0.weight: other code wrote it: an optimizer that holds it, an average of weights, or a loader"],
+        [REPLACED],
         id="same-values-in-another-shape",
     ),
     pytest.param(
         another_dtype,
         [
-            "body.0.weight: other code wrote it: an optimizer that holds it, an average of weights, or a loader",
-            "body.0.bias: other code wrote it: an optimizer that holds it, an average of weights, or a loader",
+            "body.0.weight: it went from float32 (4, 4) to float64 (4, 4): it was cast or replaced",
+            "body.0.bias: it went from float32 (4,) to float64 (4,): it was cast or replaced",
         ],
         id="dtype",
     ),
@@ -178,24 +185,25 @@ def test_what_moved_is_named_with_the_likely_cause(toy, live, move, lines):
 AMOUNTS = [
     pytest.param(
         write_directly,
-        "body.0.weight: moved by up to 0.5; "
+        "body.0.weight: moved by up to 0.1 (0.21 of its largest value); "
         "other code wrote it: an optimizer that holds it, an average of weights, or a loader",
         id="parameter",
     ),
     pytest.param(
         write_a_buffer,
         "body.1.running_mean: moved by up to 2; "
-        "a buffer was written by other code: a loader, or statistics updated in train",
+        "a buffer was written by other code: a loader, an average of weights, or a reset of statistics",
         id="buffer",
     ),
     pytest.param(
         leave_a_gradient,
-        "body.0.weight: moved by up to 0.1; a gradient was left on it, and an optimizer outside the plan used it",
+        "body.0.weight: moved by up to 0.1 (0.21 of its largest value); "
+        "a gradient was left on it, and an optimizer outside the plan used it",
         id="step",
     ),
     pytest.param(
         another_shape,
-        "body.0.weight: other code wrote it: an optimizer that holds it, an average of weights, or a loader",
+        REPLACED,
         id="no-amount-for-another-shape",
     ),
 ]

@@ -1,0 +1,84 @@
+"""What the values of a tensor before and after say about who moved it. Pure: two tensors in, a sentence out.
+
+The sentences are likely causes. Each rests on a pattern that the other causes do not leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_ROUNDING = 1e-4
+"""Change, relative to the largest value, up to which it is called rounding: an average (decay 0.9999) of a weight that
+stands still stays within 6e-4 of one float32 epsilon a step, and is mostly far below it."""
+
+
+def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Return the largest absolute difference of tensors of the same shapes, in their own units; 0 for empty ones.
+
+    Examples:
+        >>> largest_change([torch.zeros(2)], [torch.tensor([0.5, -1.0])])
+        1.0
+    """
+    pairs = zip(before, after, strict=True)
+    changes = (_double(b) - _double(a).to(b.device) for b, a in pairs if b.numel())
+    return max((float(change.abs().max()) for change in changes), default=0.0)
+
+
+def relative_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float | None:
+    """Return the largest absolute difference over the largest absolute value before; None where all of that was zero.
+
+    Examples:
+        >>> relative_change([torch.tensor([2.0, -4.0])], [torch.tensor([2.0, -3.0])])
+        0.25
+    """
+    size = largest_change(before, [torch.zeros_like(tensor) for tensor in before])
+    return largest_change(before, after) / size if size else None
+
+
+def pattern(before: Sequence[Tensor], after: Sequence[Tensor]) -> str:
+    """Say what the change of a weight looks like; empty where it looks like nothing in particular.
+
+    Args:
+        before: The tensors, mostly one, as they were.
+        after: The same tensors now, of the same shapes.
+
+    Returns:
+        One of: ``rounded`` (to a half precision and back), ``shrunk`` (all values by one factor), ``drift`` (by
+        rounding only), ``unrelated`` (other values altogether), or nothing.
+
+    Examples:
+        >>> weight = torch.linspace(-1, 1, 32)
+        >>> pattern([weight], [weight * 0.99]), pattern([weight], [weight.bfloat16().float()])
+        ('shrunk', 'rounded')
+        >>> pattern([weight], [weight + 1e-6]), pattern([weight], [weight.flip(0)]), pattern([weight], [weight + 0.1])
+        ('drift', 'unrelated', '')
+    """
+    if not all(tensor.is_floating_point() for tensor in (*before, *after)):
+        return ""
+    if any(_is_rounded(before, after, dtype) for dtype in (torch.bfloat16, torch.float16)):
+        return "rounded"
+    one, two = (torch.cat([_double(tensor).cpu().reshape(-1) for tensor in part]) for part in (before, after))
+    size, product = float(one @ one), float(one @ two)
+    if not size:
+        return ""
+    factor, largest = product / size, float(one.abs().max())
+    residual = float((two - factor * one).abs().max())
+    one_factor = one.numel() > 1 and residual <= max(0.02 * (1 - factor), 1e-6) * largest
+    if one_factor and 1e-6 < 1 - factor < 1:
+        return "shrunk"
+    if float((two - one).abs().max()) <= _ROUNDING * largest:
+        return "drift"
+    norm = float(two.norm()) * size**0.5
+    return "unrelated" if one.numel() >= 16 and product < 0.3 * norm else ""
+
+
+def _is_rounded(before: Sequence[Tensor], after: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    pairs = list(zip(before, after, strict=True))
+    return all(b.dtype == a.dtype != dtype and torch.equal(b.to(dtype).to(b.dtype), a.to(b.device)) for b, a in pairs)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().double()

@@ -1,0 +1,193 @@
+"""What other code did to a model or an optimizer since a plan was applied: flags, modes, parameters, gradients.
+
+Each check compares the live model with its Resolution. They run between epochs, never within a training step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from freezeplan import apply, names, schedules, zoo
+from freezeplan.errors import Problem
+from freezeplan.resolution import Resolution
+
+_REPLACED = "load_state_dict(assign=True), to_empty, reset_classifier and fully_shard replace parameters"
+
+
+def of_model(model: nn.Module, part: Resolution) -> list[Problem]:
+    """Return what of a model is not as its plan left it.
+
+    Args:
+        model: The model, without wrappers.
+        part: What the plan means for it in the phase that it is in.
+    """
+    return [*_parameters(model, part), *_modes(model, part), *_reentrant(model, part), *_units(model)]
+
+
+def _parameters(model: nn.Module, part: Resolution) -> Iterator[Problem]:
+    live = names.parameters(model)
+    known = {name for row in part.rows for name in (row.name, *row.aliases)}
+    advice = (_REPLACED, "apply_plan(..., replace=True) takes the model as it is now")
+    lost = [row.name for row in part.rows if row.name not in live]
+    if lost:
+        yield Problem(f"{_count(lost, 'parameter')} of the plan no longer in the model", notes=advice)
+    added = [name for name in live if name not in known]
+    if added:
+        yield Problem(f"{_count(added, 'parameter')} in the model since the plan was applied", notes=advice)
+    rows = [(row, live[row.name]) for row in part.rows if row.name in live]
+    reshaped = [row.name for row, found in rows if row.shape not in [tuple(p.shape) for p in found]]
+    if reshaped:
+        yield Problem(f"{_count(reshaped, 'parameter')} of another shape than when the plan was applied", notes=advice)
+    thawed = [row.name for row, found in rows if row.frozen and any(p.requires_grad for p in found)]
+    if thawed:
+        yield Problem(
+            f"{_count(thawed, 'frozen parameter')} set to requires_grad=True by other code",
+            notes=("nothing but the plan should set it: a phase thaws what it names",),
+        )
+    stopped = [
+        row.name
+        for row, found in rows
+        if not row.frozen and not all(p.requires_grad or not p.is_floating_point() for p in found)
+    ]
+    if stopped:
+        yield Problem(
+            f"{_count(stopped, 'trained parameter')} set to requires_grad=False by other code",
+            notes=("they learn nothing; freeze them in the plan if that is meant",),
+        )
+    stale = [row.name for row, found in rows if row.frozen and any(p.grad is not None for p in found)]
+    if stale:
+        yield Problem(
+            f"{_count(stale, 'frozen parameter')} left with a gradient by other code",
+            notes=("an optimizer that holds them would move them, also with a gradient of zeros; set .grad = None",),
+        )
+
+
+def _modes(model: nn.Module, part: Resolution) -> Iterator[Problem]:
+    held = {
+        name: [module for module in found if names.unwrap(module) is module]
+        for name, found in names.modules(model).items()
+        if part.modes.get(name) == "eval"
+    }
+    switched = [name for name, found in held.items() if any(module.training for module in found)]
+    pinned = apply.pinned(model)
+    loose = [name for name, found in held.items() if any(id(module) not in pinned for module in found)]
+    if loose:
+        yield Problem(
+            f"{_count(loose, 'module')} without the pin that holds them in eval",
+            notes=(
+                "replaced after the plan was applied, by convert_sync_batchnorm for one; apply the plan after that",
+            ),
+        )
+    elif switched:
+        yield Problem(
+            f"{_count(switched, 'frozen module')} put in train by hand",
+            notes=("model.train() leaves them in eval; .training = True does not: statistics and dropout come alive",),
+        )
+
+
+def _reentrant(model: nn.Module, part: Resolution) -> Iterator[Problem]:
+    """Reentrant checkpointing gives no gradient to a segment whose input needs none: one behind a frozen prefix."""
+    found, first = zoo.reentrant(model), next(iter(part.trained), None)
+    if not found or first is None:
+        return
+    description = zoo.describe(model)
+    if first.name in description.roles.get("head", ()):
+        return
+    if part.rows[0].frozen and description.stages.get(first.name, 1) > 0:
+        yield Problem(
+            f"{found} checkpoints with use_reentrant=True behind a frozen prefix: {first.name!r} and what else is in "
+            "its segment get no gradient, without an error",
+            notes=("use_reentrant=False, timm's default: timm.layers.set_reentrant_ckpt(False)",),
+        )
+
+
+def _units(model: nn.Module) -> Iterator[Problem]:
+    """The units of FullyShardedDataParallel that hold frozen and trained parameters in one flat one."""
+    units = {
+        name: module for name, module in model.named_modules() if type(module).__name__ == "FullyShardedDataParallel"
+    }
+    mixed = []
+    for name, unit in units.items():
+        inner = {
+            id(p) for other in units.values() if other is not unit and _inside(other, unit) for p in other.parameters()
+        }
+        if len({p.requires_grad for p in unit.parameters() if id(p) not in inner}) > 1:
+            mixed.append(name or "the model itself")
+    if mixed:
+        yield Problem(
+            f"{_count(mixed, 'unit')} of FullyShardedDataParallel with frozen and trained parameters in one",
+            notes=("wrap what is frozen and what is trained as units of their own, or use fully_shard",),
+        )
+
+
+def _inside(module: nn.Module, above: nn.Module) -> bool:
+    return any(module is part for part in above.modules())
+
+
+def of_optimizers(
+    model: nn.Module, resolution: Resolution, optimizers: Sequence[Optimizer], rates: Mapping[int, float], kind: str
+) -> list[Problem]:
+    """Return what is wrong between a model, its plan and the optimizers that train it together.
+
+    Args:
+        model: The model, without wrappers.
+        resolution: What the plan means for it, in all phases.
+        optimizers: All that train it.
+        rates: ``id`` of a live trained parameter -> its multiplier now.
+        kind: For whom the plan was applied: ``torch``, ``timm`` or ``any``.
+    """
+    if not optimizers:
+        return []
+    problems = [*_held(model, resolution, optimizers)]
+    for optimizer in optimizers:
+        title = type(optimizer).__name__
+        if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+            problems.append(
+                Problem(
+                    f"{title} holds no parameter that is trained now: GradScaler.step(optimizer) would stop with "
+                    " 'No inf checks were recorded'",
+                    notes=("leave it out of the loop until a phase trains what it holds",),
+                )
+            )
+        flattened = schedules.fault(optimizer, rates, kind)
+        if flattened is not None:
+            problems.append(flattened)
+    return problems
+
+
+def _held(model: nn.Module, resolution: Resolution, optimizers: Sequence[Optimizer]) -> Iterator[Problem]:
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    called = {name for group in groups for name in group.get("param_names", ())}
+    trained = apply.trained(model, resolution)
+    missing = [name for named in trained for name, parameter in named if id(parameter) not in held]
+    replaced = [name for name in missing if name in called]
+    if replaced:
+        yield Problem(
+            f"{_count(replaced, 'trained parameter')} replaced after the optimizer was made: it trains others",
+            notes=(_REPLACED, "make the optimizer from applied.param_groups after that"),
+        )
+    elif missing:
+        yield Problem(
+            f"{_count(missing, 'trained parameter')} in no optimizer",
+            notes=("make it from applied.param_groups; of several, check all: applied.check(first, second)",),
+        )
+    live = names.parameters(model)
+    frozen = [row.name for row in resolution.always_frozen if any(id(p) in held for p in live.get(row.name, ()))]
+    if frozen:
+        yield Problem(
+            f"{_count(frozen, 'frozen parameter')} in an optimizer",
+            notes=(
+                "it would move them by momentum or weight decay as soon as they have a gradient, also one of zeros",
+                "make it from applied.param_groups, not from model.parameters()",
+            ),
+        )
+
+
+def _count(found: Sequence[str], noun: str) -> str:
+    """``2 frozen parameters, such as 'conv1.weight', are``."""
+    one = len(found) == 1
+    return f"{len(found)} {noun}{'' if one else 's'}, {'' if one else 'such as '}{found[0]!r}, {'is' if one else 'are'}"

@@ -1,0 +1,141 @@
+"""The commands ``verify`` and ``delta``: whether a freeze held between two files, and what a delta file holds."""
+
+from __future__ import annotations
+
+import ast
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from freezeplan import render
+from freezeplan.errors import FreezePlanError, WeightsError
+
+if TYPE_CHECKING:
+    from freezeplan.guard import Verification
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+DeltaFile = Annotated[Path, typer.Argument(metavar="DELTA", help="A file that applied.save_delta(path) wrote.")]
+
+delta = typer.Typer(help="What a delta file holds; put it on its base; compare two.", no_args_is_help=True)
+
+
+def verify(
+    before: Annotated[Path, typer.Argument(metavar="BEFORE", help="Weights: safetensors or a checkpoint.")],
+    after: Annotated[Path, typer.Argument(metavar="AFTER", help="The same model's weights later.")],
+    plan: Annotated[str, typer.Option(metavar="PLAN", help="A plan file or a preset's name.")],
+    model: Annotated[str, typer.Option(metavar="MODEL", help="A timm model name, or package.module:function.")],
+    num_classes: Annotated[
+        int | None, typer.Option(min=0, help="Number of classes; the model's own if not given.")
+    ] = None,
+    model_arg: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument for creating the model; repeatable.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether what a plan freezes is the same in two files; exit code 0: held, 1: moved, 2: not comparable."""
+    try:
+        found = _compared(before, after, plan, model, num_classes, model_arg)
+    except FreezePlanError as error:
+        render.print_error(error)
+        raise typer.Exit(2) from None
+    if as_json:
+        typer.echo(json.dumps({"held": bool(found), **asdict(found)}, indent=2))
+    else:
+        typer.echo(str(found))
+    raise typer.Exit(0 if found else 1)
+
+
+def _compared(
+    before: Path, after: Path, plan: str, model: str, num_classes: int | None, model_arg: list[str] | None
+) -> Verification:
+    from freezeplan.facade import resolve_plan
+    from freezeplan.guard import compare_states
+    from freezeplan.load import load_plan
+    from freezeplan.statefile import read_state
+    from freezeplan.zoo import create_model
+
+    loaded = load_plan(plan)
+    described = create_model(model, num_classes=num_classes, meta=True, **dict(map(_key_value, model_arg or ())))
+    resolution = resolve_plan(loaded, described)
+    return compare_states(
+        described, resolution, read_state(before), read_state(after), origins=(str(before), str(after))
+    )
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise typer.BadParameter(f"expected KEY=VALUE, found {text!r}", param_hint="--model-arg")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+@delta.command()
+def inspect(file: DeltaFile, as_json: AsJson = False) -> None:
+    """Say what a delta file holds: plan, phase, model, timm's version, base, tensors."""
+    from freezeplan.delta import read
+
+    found = read(file)
+    facts = {
+        "plan": found.plan.title,
+        "phase": found.phase,
+        "model": found.model,
+        "timm": found.timm,
+        "base": found.base,
+        "held": len(found.held),
+        "bytes": found.bytes,
+    }
+    if as_json:
+        shapes = {name: list(tensor.shape) for name, tensor in found.tensors.items()}
+        plan = found.plan.model_dump(mode="json", exclude_defaults=True)
+        typer.echo(json.dumps({**facts, "plan": plan, "tensors": shapes}, indent=2))
+        return
+    for key, value in facts.items():
+        if value != "":
+            typer.echo(f"{key:<6} {value:,}" if isinstance(value, int) else f"{key:<6} {value}")
+    for name, tensor in found.tensors.items():
+        typer.echo(f"  {name}  {' x '.join(map(str, tensor.shape)) or 'scalar'}")
+
+
+@delta.command("apply")
+def apply_(
+    file: DeltaFile,
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="The base's weights: safetensors or a checkpoint.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where the whole weights go, as safetensors.")],
+) -> None:
+    """Write the weights of the base with the delta in it; another base is refused by the first tensor that differs."""
+    from freezeplan.delta import apply_to_state, read, write
+    from freezeplan.statefile import read_state
+
+    found = read(file)
+    write(apply_to_state(found, read_state(base), where=str(file), base=str(base)), None, out)
+    typer.echo(f"{out}: {found.model} with {len(found.tensors)} tensors of {file}")
+
+
+@delta.command()
+def diff(
+    file: DeltaFile,
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="Another delta file.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say in what two delta files differ; exit code 0: nothing, 1: something, 2: they cannot be compared."""
+    from freezeplan.delta import compare, read
+
+    try:
+        changes = compare(read(file), read(other))
+    except WeightsError as error:
+        render.print_error(error)
+        raise typer.Exit(2) from None
+    if as_json:
+        typer.echo(json.dumps([asdict(change) for change in changes], indent=2))
+    else:
+        for change in changes:
+            typer.echo(f"{change.name}: {change.text}")
+        if not changes:
+            typer.echo("the same delta")
+    raise typer.Exit(1 if changes else 0)

@@ -1,0 +1,164 @@
+"""Schedulers and the plan's ratios: which arguments keep them, whether they still hold, and who flattened them.
+
+A scheduler that multiplies keeps the ratios of the groups. One that writes an absolute rate (a maximum, a floor) gives
+the same to all, unless it takes a list with one value a group.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+from freezeplan.errors import ApplyError, Problem, did_you_mean
+
+_LISTS: Mapping[str, tuple[str, ...]] = {
+    "OneCycleLR": ("max_lr",),
+    "CyclicLR": ("base_lr", "max_lr"),
+    "ReduceLROnPlateau": ("min_lr",),
+    "SWALR": ("swa_lr",),
+}
+"""torch's schedulers that write absolute rates -> arguments that take a list."""
+_FLOORS = ("CosineAnnealingLR", "CosineAnnealingWarmRestarts")
+"""Those whose ``eta_min`` is one absolute rate for all groups."""
+_MULTIPLY = (
+    "ConstantLR",
+    "ExponentialLR",
+    "LambdaLR",
+    "LinearLR",
+    "MultiStepLR",
+    "MultiplicativeLR",
+    "PolynomialLR",
+    "StepLR",
+)
+_EXACT = "or apply_plan(..., scheduler='any') and applied.attach(optimizer): exact under every scheduler"
+_TOLERANCE = 1e-3
+
+
+def arguments(scheduler: type | str, multipliers: Sequence[float], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a torch scheduler's arguments with each absolute rate as a list that keeps the plan's ratios.
+
+    Args:
+        scheduler: A class of ``torch.optim.lr_scheduler``, or its name.
+        multipliers: The multiplier of each of the optimizer's groups, in their order.
+        given: Arguments as for a multiplier of 1.
+
+    Raises:
+        ApplyError: If the scheduler has an absolute floor that takes no list, or is not known.
+
+    Examples:
+        >>> arguments("OneCycleLR", [0.25, 1.0], {"max_lr": 0.5, "total_steps": 10})
+        {'max_lr': [0.125, 0.5], 'total_steps': 10}
+    """
+    name = scheduler if isinstance(scheduler, str) else scheduler.__name__
+    if name in _FLOORS and given.get("eta_min") and len(set(multipliers)) > 1:
+        raise ApplyError(
+            f"{name} has one eta_min for all groups, which ends the plan's ratios: found eta_min={given['eta_min']:g}",
+            notes=["eta_min=0 keeps the ratios", _EXACT],
+        )
+    if name not in (*_LISTS, *_FLOORS, *_MULTIPLY):
+        known = (*_LISTS, *_FLOORS, *_MULTIPLY)
+        raise ApplyError(f"{name} is not known to keep the plan's ratios", notes=[*did_you_mean(name, known), _EXACT])
+    lists = _LISTS.get(name, ())
+    return {
+        key: [value * factor for factor in multipliers] if key in lists and isinstance(value, (int, float)) else value
+        for key, value in given.items()
+    }
+
+
+def fault(optimizer: Optimizer, rates: Mapping[int, float], kind: str) -> Problem | None:
+    """Say whether an optimizer's rates have lost the plan's ratios, and to which scheduler; None if they hold.
+
+    Args:
+        optimizer: An optimizer whose groups came from ``applied.param_groups``.
+        rates: ``id`` of a parameter -> its multiplier.
+        kind: For whom the plan was applied: ``torch``, ``timm`` or ``any``.
+    """
+    found = [
+        (str(group.get("name") or index), float(group["lr"]), known.pop(), group)
+        for index, group in enumerate(optimizer.param_groups)
+        if len(known := {rates[id(parameter)] for parameter in group["params"] if id(parameter) in rates}) == 1
+    ]
+    if len({factor for _, _, factor, _ in found}) < 2:
+        return None
+    lrs, factors = [lr for _, lr, _, _ in found], [factor for _, _, factor, _ in found]
+    schedulers = _schedulers(optimizer)
+    names = ", ".join(type(scheduler).__name__ for scheduler in schedulers)
+    if kind != "timm" and any("lr_scale" in group for *_, group in found):
+        return Problem(
+            "the optimizer's groups carry lr_scale, and their rates are multiplied already: a scheduler of timm would "
+            "multiply a second time",
+            notes=("apply_plan(..., scheduler='timm') for a scheduler of timm",),
+        )
+    once = [1.0] * len(found) if kind == "any" else factors
+    if _alike(lrs, once):
+        return None
+    if kind == "timm" and _alike(lrs, [1.0] * len(found)) and not schedulers and not optimizer.state:
+        return None  # timm's scheduler is still to be made: it multiplies when it is
+    if _alike(lrs, [first * factor for first, factor in zip(once, factors, strict=True)]):
+        by = f" (by {names})" if names else ""
+        return Problem(f"the plan's multipliers act twice{by}: {_table(found)}", notes=(_twice(kind),))
+    if kind == "timm":
+        by = f"; {names} does not read it" if names else ""
+        advice = (
+            "lr_scale is applied by timm's schedulers alone: apply_plan(..., scheduler='torch', lr=...) for torch's"
+        )
+        return Problem(f"the rates do not have the plan's ratios{by}: {_table(found)}", notes=(advice,))
+    by = f"{names} flattened the rates" if names else "the rates no longer have the plan's ratios"
+    return Problem(f"{by}: {_table(found)}", notes=(*_advice(schedulers, factors), _EXACT))
+
+
+def _alike(lrs: Sequence[float], factors: Sequence[float]) -> bool:
+    """Whether the rates are one base times the factors."""
+    bases = [lr / factor for lr, factor in zip(lrs, factors, strict=True)]
+    return max(bases) - min(bases) <= _TOLERANCE * max(map(abs, bases))
+
+
+def _table(found: Sequence[tuple[str, float, float, Any]]) -> str:
+    return ", ".join(f"group {name!r} has lr {lr:g}" for name, lr, _, _ in found[:4])
+
+
+def _twice(kind: str) -> str:
+    if kind == "any":
+        return "attach multiplies inside optimizer.step(), so every group's lr is the base rate"
+    if kind == "timm":
+        return "with scheduler='timm' every group's lr is the base rate, and timm's scheduler multiplies"
+    return "with scheduler='torch' the groups' lr is multiplied already: take them as applied.param_groups gives them"
+
+
+def _schedulers(optimizer: Optimizer) -> list[Any]:
+    """Return the schedulers of an optimizer, among all objects that refer to it."""
+    return [
+        found
+        for found in gc.get_referrers(optimizer)
+        if getattr(found, "optimizer", None) is optimizer
+        and hasattr(found, "step")
+        and (hasattr(found, "base_lrs") or hasattr(found, "base_values") or type(found).__name__ in _LISTS)
+    ]
+
+
+def _advice(schedulers: Sequence[Any], factors: Sequence[float]) -> list[str]:
+    """The list-valued arguments that would be right, from what the scheduler was given."""
+    lines = []
+    for scheduler in schedulers:
+        name = type(scheduler).__name__
+        if name in _FLOORS:
+            lines.append(f"{name}(optimizer, ..., eta_min=0) keeps the ratios")
+        for key in _LISTS.get(name, ()):
+            base = _given(scheduler, key)
+            if base:
+                listed = ", ".join(f"{base * factor:g}" for factor in factors)
+                call = f"**applied.scheduler_kwargs({name}, {key}={base:g}, ...)"
+                lines.append(f"{name}(optimizer, {call}) gives {key}=[{listed}]")
+    return lines
+
+
+def _given(scheduler: Any, key: str) -> float | None:
+    """The absolute rate that a scheduler was given, as it keeps it."""
+    kept = {"min_lr": "min_lrs", "base_lr": "base_lrs", "max_lr": "max_lrs"}.get(key)
+    values = getattr(scheduler, kept, None) if kept else None
+    if values is None:  # OneCycleLR and SWALR keep it in the groups
+        values = [group[key] for group in scheduler.optimizer.param_groups if key in group]
+    return float(max(values)) if values else None
