@@ -6,6 +6,7 @@ YAML 1.2 and JSON carry positions down to the value (ruamel.yaml), TOML down to 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import tomllib
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from freezeplan import catalogue
 from freezeplan.errors import FreezePlanWarning, PlanError, Problem, did_you_mean
@@ -136,7 +137,39 @@ def _parse(text: str, suffix: str, name: str) -> Plan:
     return _validate(*_data(text, suffix, name))
 
 
+LARGEST = 256 * 1024
+"""Bytes of a plan file; the largest preset has less than one hundredth of it."""
+_DEEPEST, _MOST = 32, 100_000
+
+
 def _data(text: str, suffix: str, name: str) -> tuple[Any, Source]:
+    if len(text) > LARGEST:
+        raise PlanError(f"{len(text):,} characters; a plan has at most {LARGEST:,}", where=name)
+    try:
+        return _parsed(text, suffix, name)
+    except RecursionError:
+        raise PlanError("nested too deeply for a plan", where=name) from None
+
+
+def _check_size(node: Any, name: str) -> None:
+    """Refuse what aliases blow up or tie into a ring, before anything walks through all of it."""
+    count, open_ = 0, [(node, 0)]
+    while open_:
+        found, depth = open_.pop()
+        count += 1
+        if depth > _DEEPEST or count > _MOST:
+            what = "nested too deeply" if depth > _DEEPEST else f"more than {_MOST:,} values"
+            raise PlanError(
+                f"{what} for a plan", where=name, notes=["an alias that holds itself, or others, does this"]
+            )
+        tag = getattr(getattr(found, "tag", None), "value", None)
+        if tag is not None:
+            raise PlanError(f"the tag {tag!r}; a plan has plain values only", where=name)
+        parts = found.values() if isinstance(found, Mapping) else found if isinstance(found, list) else ()
+        open_ += [(part, depth + 1) for part in parts]
+
+
+def _parsed(text: str, suffix: str, name: str) -> tuple[Any, Source]:
     if suffix == ".toml":
         try:
             return tomllib.loads(text), Source(name, dict(_toml_positions(text)))
@@ -145,19 +178,27 @@ def _data(text: str, suffix: str, name: str) -> tuple[Any, Source]:
             line, _, column = place.rstrip(")").partition(", column ")
             where = f"{name}:{line}:{column}" if column else name
             raise PlanError(_lower(message), where=where, notes=(_ESCAPE_HINT,) if "\\" in message else ()) from None
+        except ValueError as error:  # an integer of thousands of digits
+            raise PlanError(f"not TOML: {error}", where=name) from None
     if suffix == ".json":
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             hints = (r'JSON needs two backslashes: "features\\.0"',) if "escape" in error.msg else ()
             raise PlanError(_lower(error.msg), where=f"{name}:{error.lineno}:{error.colno}", notes=hints) from None
+        except ValueError as error:  # an integer of thousands of digits
+            raise PlanError(f"not JSON: {error}", where=name) from None
+        _check_size(data, name)
         marked = _parse_yaml(text.replace("\t", " "), name)  # YAML refuses tabs; in JSON they only stand between tokens
         return data, Source(name, dict(_positions(marked, ())))
     marked = _parse_yaml(text, name)
+    _check_size(marked, name)
     return _plain(marked), Source(name, dict(_positions(marked, ())))
 
 
 def _parse_yaml(text: str, name: str) -> Any:
+    if _brackets(text) > _DEEPEST * 8:  # the parser would take seconds to fail
+        raise PlanError("nested too deeply for a plan", where=name)
     try:
         return YAML(typ="rt", pure=True).load(io.StringIO(text))
     except DuplicateKeyError as error:
@@ -178,8 +219,14 @@ def _parse_yaml(text: str, name: str) -> Any:
         context = f"{error.context}: " if error.context else ""
         found = f"{context}{error.problem}".replace("\n", " ")
         raise PlanError(f"not YAML: {found}", where=_mark(name, error), notes=notes) from None
-    except ValueError as error:  # ruamel raises a bare one for a few broken scalars
-        raise PlanError(f"not YAML: {error}", where=name) from None
+    except (YAMLError, ValueError) as error:  # ruamel raises a bare one for a few broken scalars
+        raise PlanError(f"not YAML: {str(error).splitlines()[0]}", where=name) from None
+
+
+def _brackets(text: str) -> int:
+    """The most brackets that are open anywhere; those in strings count, so a limit has to be generous."""
+    steps = (1 if char in "[{" else -1 for char in text if char in "[]{}")
+    return max(itertools.accumulate(steps), default=0)
 
 
 def _mark(name: str, error: MarkedYAMLError) -> str:

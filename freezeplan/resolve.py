@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from freezeplan.description import Description, Module
 from freezeplan.errors import PlanError, Problem, did_you_mean
 from freezeplan.hints import find_hints
+from freezeplan.patterns import SlowPatternError
 from freezeplan.plan import SELECTORS, Mode, Plan, Rule
 from freezeplan.resolution import Resolution, Row, RuleUse
 from freezeplan.select import ROOT_NOTE, Selection, explain_miss, match_types, names_root, select
@@ -86,9 +87,17 @@ def _idle(plan: Plan, model: Description, parts: Sequence[_Decided]) -> Iterator
             )
 
 
+def _select(plan: Plan, index: int, model: Description) -> Selection:
+    try:
+        return select(plan.rules[index], model)
+    except SlowPatternError as error:
+        (problem,) = error.problems
+        raise SlowPatternError(replace(problem, where=plan.source.where(("rules", index)))) from None
+
+
 def _decide(plan: Plan, model: Description) -> _Decided:
     """Decide one part of a plan, without phases."""
-    selections = [select(rule, model) for rule in plan.rules]
+    selections = [_select(plan, index, model) for index in range(len(plan.rules))]
     winners = {setting: _winners(plan, selections, setting) for setting in ("rate", "wd_mult", "mode", "reinit")}
     module_rules = _module_rules(plan, selections)
     uses = tuple(_uses(plan, model, selections, winners, module_rules))

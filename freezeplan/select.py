@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from freezeplan.description import Description, prefixes
 from freezeplan.errors import nearest
+from freezeplan.patterns import Pattern, SlowPatternError
 from freezeplan.plan import Rule
 
 _LOOKAROUND = re.compile(r"\(\?(?:[=!]|<[=!])")
@@ -82,7 +83,7 @@ def match_modules(patterns: Iterable[str], model: Description) -> set[str]:
 
 def match_types(patterns: Iterable[str], model: Description) -> set[str]:
     """Return the modules, root excluded, of which any pattern matches the whole name of the class or of a base."""
-    regexes = [re.compile(pattern) for pattern in patterns]
+    regexes = [Pattern(pattern) for pattern in patterns]
     return {
         module.name
         for module in model.modules
@@ -100,7 +101,7 @@ def _root(model: Description) -> tuple[str, ...]:
 
 def names_root(patterns: Iterable[str], model: Description) -> bool:
     """Whether any pattern matches the whole name of the model's own class, or of a base."""
-    return any(re.fullmatch(pattern, name) for pattern in patterns for name in _root(model))
+    return any(regex.fullmatch(name) for regex in map(Pattern, patterns) for name in _root(model))
 
 
 def stage_numbers(text: str, last: int) -> range:
@@ -124,12 +125,12 @@ def _matching(patterns: Iterable[str], named: Iterable[tuple[str, tuple[str, ...
     named = list(named)
     found: set[str] = set()
     for pattern in patterns:
-        regex, whole_only = re.compile(pattern), bool(_LOOKAROUND.search(pattern))
+        regex, whole_only = Pattern(pattern), bool(_LOOKAROUND.search(pattern))
         seen: dict[str, bool] = {}
 
-        def hit(name: str, regex: re.Pattern[str] = regex, seen: dict[str, bool] = seen) -> bool:
+        def hit(name: str, regex: Pattern = regex, seen: dict[str, bool] = seen) -> bool:
             if name not in seen:
-                seen[name] = regex.fullmatch(name) is not None
+                seen[name] = regex.fullmatch(name)
             return seen[name]
 
         for first, names in named:
@@ -157,13 +158,16 @@ def explain_miss(pattern: str, model: Description) -> tuple[str, ...]:
 
     At most three nearest names; the top level of the model when nothing is near.
     """
-    regex = re.compile(pattern)
+    regex = Pattern(pattern)
     if any(regex.fullmatch(name) for name in (model.model, *_root(model))):
         return (ROOT_NOTE.format(pattern),)
     empty = [module for module in model.modules if module.name and regex.fullmatch(module.name)]
     if empty:
         return (f"{empty[0].name!r} is a module without parameters ({empty[0].types[0]})",)
-    hits = [tensor.name for tensor in model.tensors if regex.search(tensor.name)]
+    try:
+        hits = [tensor.name for tensor in model.tensors if regex.search(tensor.name)]
+    except SlowPatternError:  # matching whole names was quick enough
+        hits = []
     if hits:
         wider = f".*{pattern}.*".replace(".*.*", ".*")
         return (

@@ -20,6 +20,7 @@ CORE = [
     "load",
     "dump",
     "description",
+    "patterns",
     "select",
     "hints",
     "resolution",
@@ -57,6 +58,7 @@ ONLY = {"timm": {"zoo"}, "rich": {"render"}, "matplotlib": {"picture"}, "typer":
 """Package -> the modules of the core that may import it."""
 
 NO_TORCH = {
+    "patterns",
     "store",
     "resolution",
     "dump",
