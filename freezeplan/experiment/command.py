@@ -84,8 +84,8 @@ def voc_vgg16(
     Args:
         data: A VOCdevkit folder, its VOC2012 folder, or a tar of either. None: the embedded sample.
         model: A timm model name. None: ``vgg16`` with the lecture's head; of the sample its slim version.
-        weights: A safetensors file, a checkpoint, or ``random``. None: timm's pretrained weights; of the sample those
-            that come with it.
+        weights: A safetensors file, a checkpoint, the lecture's ``vgg16.npy``, or ``random``.
+            None: timm's pretrained weights; of the sample those that come with it.
         arm: Which of ``arms.ARMS``, in this order. None: all four, in the lecture's order.
         epochs: None: 20, which is a choice, as the lecture does not say; of the sample 25, its recipe's.
         batch_size: None: 32, which is a choice too; of the sample 16, its recipe's.

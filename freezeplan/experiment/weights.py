@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import freezeplan.experiment.model  # noqa: F401  # registers the lecture's VGG16
 from freezeplan.errors import ModelError, WeightsError
+from freezeplan.experiment.npy import MEAN, STD, read_npy
 from freezeplan.zoo import create_model, describe, is_timm, title
 
 LECTURE = {"vgg16": "vgg16_fc256", "vgg16_fc256": "vgg16_fc256", "vgg16_slim_fc256": "vgg16_slim_fc256"}
@@ -45,7 +46,8 @@ def build(name: str, *, classes: int, image_size: int, weights: str | Path | Non
         name: A timm model name.
         classes: Number of classes.
         image_size: Side of the square images in pixels.
-        weights: A safetensors file or a checkpoint; ``random`` for none at all; None for timm's pretrained weights.
+        weights: A safetensors file, a checkpoint, or the lecture's ``vgg16.npy``, whose normalisation the model then
+            has; ``random`` for none at all; None for timm's pretrained weights.
         seed: Seed of the initialisation.
 
     Returns:
@@ -78,6 +80,8 @@ def build(name: str, *, classes: int, image_size: int, weights: str | Path | Non
         from_file = _below("features") if name in LECTURE else _outside(head)
         state = pretrained_state(name) if weights is None else read_state(Path(weights))
         load_into(model, state, from_file, origin=str(weights or weights_title(name, weights)))
+        if weights is not None and Path(weights).suffix == ".npy":  # its own normalisation, not timm's
+            model.pretrained_cfg = {**model.pretrained_cfg, "mean": MEAN, "std": STD}  # type: ignore[dict-item, assignment]
     if resample:
         try:
             model.set_input_size(img_size=image_size)  # type: ignore[operator]
@@ -115,7 +119,7 @@ def pretrained_state(name: str) -> Mapping[str, Tensor]:
 
 
 def read_state(path: Path) -> Mapping[str, Tensor]:
-    """Read the tensors of a safetensors file or a checkpoint; nothing in it is executed.
+    """Read the tensors of a safetensors file, a checkpoint or the lecture's ``vgg16.npy``; nothing in it is executed.
 
     The wrappers ``state_dict``, ``model`` and their EMA versions are opened, a leading ``module.`` is taken off.
 
@@ -124,6 +128,8 @@ def read_state(path: Path) -> Mapping[str, Tensor]:
     """
     if not path.is_file():
         raise WeightsError("no such file", where=str(path), notes=["expected a safetensors file or a checkpoint"])
+    if path.suffix == ".npy":
+        return read_npy(path)
     try:
         content = load_state_dict(str(path))
         state = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
