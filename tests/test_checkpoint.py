@@ -15,7 +15,7 @@ from freezeplan.errors import FreezePlanError, OutputError
 from freezeplan.experiment.checkpoint import FOLDER, Checkpoint, open_checkpoints
 from freezeplan.experiment.command import voc_vgg16
 
-SMALL = {"epochs": 2, "arm": ["frozen_convs", "low_conv_lr"]}
+SMALL = {"epochs": 2, "arm": ["frozen_convs", "low_conv_lr"], "image_size": 32, "batch_size": 50}
 
 
 def figures(out):
@@ -144,7 +144,7 @@ def test_killed_25_times(whole, tmp_path):
         run.start()
         while not (out / FOLDER / "run.json").exists() and run.is_alive():
             time.sleep(0.01)
-        time.sleep(chance.uniform(0, 5))
+        time.sleep(chance.uniform(0, 3))
         run.kill()
         run.join()
         partly += any(out.glob(f"{FOLDER}/*.checkpoint"))

@@ -67,5 +67,5 @@ def test_the_readme_says_how_to_start_and_how_to_test() -> None:
     first = README.splitlines()[:12]
 
     assert "$ pip install '.[run]' && freezeplan run voc_vgg16" in first
-    assert "$ pip install -e '.[dev]' && pytest -n 2" in README
+    assert "$ pip install -e '.[dev]' && pytest -n 2 --dist worksteal" in README
     assert len(README.splitlines()) <= 150
