@@ -39,7 +39,7 @@ def _parameters(model: nn.Module, part: Resolution) -> Iterator[Problem]:
         yield Problem(f"{_count(added, 'parameter')} in the model since the plan was applied", notes=advice)
     rows = [(row, live[row.name]) for row in part.rows if row.name in live]
     reshaped = [row.name for row, found in rows if row.shape not in [tuple(p.shape) for p in found]]
-    if reshaped:
+    if reshaped and not _sharded(model):  # a shard of FullyShardedDataParallel is flat
         yield Problem(f"{_count(reshaped, 'parameter')} of another shape than when the plan was applied", notes=advice)
     thawed = [row.name for row, found in rows if row.frozen and any(p.requires_grad for p in found)]
     if thawed:
@@ -104,11 +104,16 @@ def _reentrant(model: nn.Module, part: Resolution) -> Iterator[Problem]:
         )
 
 
-def _units(model: nn.Module) -> Iterator[Problem]:
-    """The units of FullyShardedDataParallel that hold frozen and trained parameters in one flat one."""
-    units = {
+def _sharded(model: nn.Module) -> dict[str, nn.Module]:
+    """The units of FullyShardedDataParallel, by name."""
+    return {
         name: module for name, module in model.named_modules() if type(module).__name__ == "FullyShardedDataParallel"
     }
+
+
+def _units(model: nn.Module) -> Iterator[Problem]:
+    """The units of FullyShardedDataParallel that hold frozen and trained parameters in one flat one."""
+    units = _sharded(model)
     mixed = []
     for name, unit in units.items():
         inner = {
