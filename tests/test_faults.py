@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 
 import pytest
+import timm
 import torch
 from torch import distributed, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.optim import lr_scheduler
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from freezeplan import apply_plan
 from freezeplan.errors import ApplyError
@@ -478,6 +481,72 @@ def test_arguments_that_cannot_keep_the_ratios_are_refused(toy, kind, scheduler,
         live.scheduler_kwargs(scheduler, **arguments)
 
     assert str(error.value) == said
+
+
+@pytest.fixture
+def reentrant():
+    """timm's models checkpoint reentrantly while this holds."""
+    timm.layers.set_reentrant_ckpt(True)
+    yield
+    timm.layers.set_reentrant_ckpt(False)
+
+
+def test_reentrant_checkpointing_behind_a_frozen_prefix_is_named(reentrant):
+    """It gives trained blocks no gradient; a trained stem or a linear probe loses nothing, and nothing is said."""
+    model = timm.create_model("test_vit", num_classes=3)
+    model.set_grad_checkpointing(True)
+    for plan in ("full", "linear_probe"):
+        with apply_plan(model, plan) as live:
+            live.check()
+    live = apply_plan(model, "frozen_stem")
+    with pytest.warns(UserWarning, match="Gradients will be None"):
+        model(torch.randn(2, 3, 160, 160)).sum().backward()
+    with pytest.raises(ApplyError) as error:
+        live.check()
+
+    assert model.blocks[0].attn.qkv.weight.grad is None
+    assert str(error.value) == (
+        "test_vit checkpoints with use_reentrant=True behind a frozen prefix: 'blocks.0.norm1.weight' and what else is "
+        "in its segment get no gradient, without an error\n"
+        "  use_reentrant=False, timm's default: timm.layers.set_reentrant_ckpt(False)"
+    )
+
+
+def test_a_reentrant_wrapper_around_a_part_is_named():
+    """torch's checkpoint wrapper says of itself which of the two it is."""
+    model = timm.create_model("test_vit", num_classes=3)
+    model.blocks[0] = checkpoint_wrapper(model.blocks[0], checkpoint_impl=CheckpointImpl.NO_REENTRANT)
+    live = apply_plan(model, "frozen_stem")
+    live.check()
+    model.blocks[1] = checkpoint_wrapper(model.blocks[1], checkpoint_impl=CheckpointImpl.REENTRANT)
+
+    with pytest.raises(ApplyError, match=r"^'blocks\.1' checkpoints with use_reentrant=True behind a frozen prefix"):
+        live.check()
+
+
+def test_a_phase_does_not_change_in_several_processes_without_a_promise(toy):
+    """The message shows both ways; with either promise the phase changes."""
+    phases = [{"name": "head", "until": 1, "rules": [{"match": "body", "frozen": True}]}, {"name": "all"}]
+    plan = {"version": 1, "phases": phases, "rules": [{"match": ".*", "lr_mult": 1}]}
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        live = apply_plan(toy, plan)
+        with pytest.raises(ApplyError) as error:
+            live.step(epoch=1)
+        kept = live.phase
+        rewrapped = live.step(epoch=1, rewrap=True)
+        live = apply_plan(toy, plan, replace=True)
+        found = live.step(epoch=1, find_unused=True)
+    finally:
+        distributed.destroy_process_group()
+
+    assert (kept, rewrapped, found) == ("head", True, True)
+    assert str(error.value) == (
+        "phase 'all' would begin in 2 processes: "
+        "gradients of what it thaws would not be synchronised, without an error\n"
+        "  either: if applied.step(epoch=e, rewrap=True): model = DistributedDataParallel(module)\n"
+        "  or: wrap once with find_unused_parameters=True, and applied.step(epoch=e, find_unused=True)"
+    )
 
 
 @pytest.fixture
