@@ -14,6 +14,7 @@ from freezeplan import apply, names, schedules, zoo
 from freezeplan.errors import Problem
 from freezeplan.resolution import Resolution
 
+_IS = ("is", "are")
 _REPLACED = "load_state_dict(assign=True), to_empty, reset_classifier and fully_shard replace parameters"
 
 
@@ -33,14 +34,16 @@ def _parameters(model: nn.Module, part: Resolution) -> Iterator[Problem]:
     advice = (_REPLACED, "apply_plan(..., replace=True) takes the model as it is now")
     lost = [row.name for row in part.rows if row.name not in live]
     if lost:
-        yield Problem(f"{_count(lost, 'parameter')} of the plan no longer in the model", notes=advice)
+        yield Problem(f"{_count(lost, 'parameter', _IS)} no longer in the model", notes=advice)
     added = [name for name in live if name not in known]
     if added:
-        yield Problem(f"{_count(added, 'parameter')} in the model since the plan was applied", notes=advice)
+        yield Problem(f"{_count(added, 'parameter')} added to the model after the plan was applied", notes=advice)
     rows = [(row, live[row.name]) for row in part.rows if row.name in live]
     reshaped = [row.name for row, found in rows if row.shape not in [tuple(p.shape) for p in found]]
-    if reshaped:
-        yield Problem(f"{_count(reshaped, 'parameter')} of another shape than when the plan was applied", notes=advice)
+    if reshaped and not _sharded(model):  # a shard of FullyShardedDataParallel is flat
+        yield Problem(
+            f"{_count(reshaped, 'parameter', _IS)} of another shape than when the plan was applied", notes=advice
+        )
     thawed = [row.name for row, found in rows if row.frozen and any(p.requires_grad for p in found)]
     if thawed:
         yield Problem(
@@ -76,7 +79,7 @@ def _modes(model: nn.Module, part: Resolution) -> Iterator[Problem]:
     loose = [name for name, found in held.items() if any(id(module) not in pinned for module in found)]
     if loose:
         yield Problem(
-            f"{_count(loose, 'module')} without the pin that holds them in eval",
+            f"{_count(loose, 'module', _IS)} without the pin that holds them in eval",
             notes=(
                 "replaced after the plan was applied, by convert_sync_batchnorm for one; apply the plan after that",
             ),
@@ -104,11 +107,16 @@ def _reentrant(model: nn.Module, part: Resolution) -> Iterator[Problem]:
         )
 
 
-def _units(model: nn.Module) -> Iterator[Problem]:
-    """The units of FullyShardedDataParallel that hold frozen and trained parameters in one flat one."""
-    units = {
+def _sharded(model: nn.Module) -> dict[str, nn.Module]:
+    """The units of FullyShardedDataParallel, by name."""
+    return {
         name: module for name, module in model.named_modules() if type(module).__name__ == "FullyShardedDataParallel"
     }
+
+
+def _units(model: nn.Module) -> Iterator[Problem]:
+    """The units of FullyShardedDataParallel that hold frozen and trained parameters in one flat one."""
+    units = _sharded(model)
     mixed = []
     for name, unit in units.items():
         inner = {
@@ -118,7 +126,7 @@ def _units(model: nn.Module) -> Iterator[Problem]:
             mixed.append(name or "the model itself")
     if mixed:
         yield Problem(
-            f"{_count(mixed, 'unit')} of FullyShardedDataParallel with frozen and trained parameters in one",
+            f"{_count(mixed, 'FullyShardedDataParallel unit', _IS)} of frozen and trained parameters",
             notes=("wrap what is frozen and what is trained as units of their own, or use fully_shard",),
         )
 
@@ -148,7 +156,7 @@ def of_optimizers(
             problems.append(
                 Problem(
                     f"{title} holds no parameter that is trained now: GradScaler.step(optimizer) would stop with "
-                    " 'No inf checks were recorded'",
+                    "'No inf checks were recorded'",
                     notes=("leave it out of the loop until a phase trains what it holds",),
                 )
             )
@@ -172,14 +180,14 @@ def _held(model: nn.Module, resolution: Resolution, optimizers: Sequence[Optimiz
         )
     elif missing:
         yield Problem(
-            f"{_count(missing, 'trained parameter')} in no optimizer",
+            f"{_count(missing, 'trained parameter', _IS)} in no optimizer",
             notes=("make it from applied.param_groups; of several, check all: applied.check(first, second)",),
         )
     live = names.parameters(model)
     frozen = [row.name for row in resolution.always_frozen if any(id(p) in held for p in live.get(row.name, ()))]
     if frozen:
         yield Problem(
-            f"{_count(frozen, 'frozen parameter')} in an optimizer",
+            f"{_count(frozen, 'frozen parameter', _IS)} in an optimizer",
             notes=(
                 "it would move them by momentum or weight decay as soon as they have a gradient, also one of zeros",
                 "make it from applied.param_groups, not from model.parameters()",
@@ -187,7 +195,8 @@ def _held(model: nn.Module, resolution: Resolution, optimizers: Sequence[Optimiz
         )
 
 
-def _count(found: Sequence[str], noun: str) -> str:
-    """``2 frozen parameters, such as 'conv1.weight', are``."""
-    one = len(found) == 1
-    return f"{len(found)} {noun}{'' if one else 's'}, {'' if one else 'such as '}{found[0]!r}, {'is' if one else 'are'}"
+def _count(found: Sequence[str], noun: str, verb: tuple[str, str] = ("was", "were")) -> str:
+    """``2 frozen parameters, such as 'conv1.weight', were``."""
+    if len(found) == 1:
+        return f"1 {noun}, {found[0]!r}, {verb[0]}"
+    return f"{len(found)} {noun}s, such as {found[0]!r}, {verb[1]}"

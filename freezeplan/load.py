@@ -5,6 +5,7 @@ YAML 1.2 and JSON carry positions down to the value (ruamel.yaml), TOML down to 
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
@@ -71,13 +72,19 @@ def load_plan(plan: PlanLike) -> Plan:
     name = str(plan)
     presets = catalogue.shipped()
     if name in presets:
-        return _parse(presets[name].read_text(encoding="utf-8"), ".yaml", f"{name}.yaml")
+        return _shipped(name)
     added = catalogue.added()
     if name in added:
         return _from_package(added[name])
     notes = did_you_mean(name, [*presets, *added]) or (f"presets: {', '.join([*presets, *added])}",)
     notes += (f"a plan file ends in one of {' '.join(_SUFFIXES)}",)
     raise PlanError(f"no preset is called {name!r}", notes=notes)
+
+
+@functools.cache
+def _shipped(name: str) -> Plan:
+    """A preset of this package; a plan cannot be changed, so one is enough."""
+    return _parse(catalogue.shipped()[name].read_text(encoding="utf-8"), ".yaml", f"{name}.yaml")
 
 
 def load_presets() -> dict[str, Plan]:

@@ -84,8 +84,6 @@ def fault(optimizer: Optimizer, rates: Mapping[int, float], kind: str) -> Proble
     if len({factor for _, _, factor, _ in found}) < 2:
         return None
     lrs, factors = [lr for _, lr, _, _ in found], [factor for _, _, factor, _ in found]
-    schedulers = _schedulers(optimizer)
-    names = ", ".join(type(scheduler).__name__ for scheduler in schedulers)
     if kind != "timm" and any("lr_scale" in group for *_, group in found):
         return Problem(
             "the optimizer's groups carry lr_scale, and their rates are multiplied already: a scheduler of timm would "
@@ -95,6 +93,8 @@ def fault(optimizer: Optimizer, rates: Mapping[int, float], kind: str) -> Proble
     once = [1.0] * len(found) if kind == "any" else factors
     if _alike(lrs, once):
         return None
+    schedulers = _schedulers(optimizer)  # slow, so only for the sentence
+    names = ", ".join(type(scheduler).__name__ for scheduler in schedulers)
     if kind == "timm" and _alike(lrs, [1.0] * len(found)) and not schedulers and not optimizer.state:
         return None  # timm's scheduler is still to be made: it multiplies when it is
     if _alike(lrs, [first * factor for first, factor in zip(once, factors, strict=True)]):
@@ -146,12 +146,13 @@ def _advice(schedulers: Sequence[Any], factors: Sequence[float]) -> list[str]:
         name = type(scheduler).__name__
         if name in _FLOORS:
             lines.append(f"{name}(optimizer, ..., eta_min=0) keeps the ratios")
-        for key in _LISTS.get(name, ()):
-            base = _given(scheduler, key)
-            if base:
-                listed = ", ".join(f"{base * factor:g}" for factor in factors)
-                call = f"**applied.scheduler_kwargs({name}, {key}={base:g}, ...)"
-                lines.append(f"{name}(optimizer, {call}) gives {key}=[{listed}]")
+        bases = {key: base for key in _LISTS.get(name, ()) if (base := _given(scheduler, key))}
+        if bases:
+            given = ", ".join(f"{key}={base:g}" for key, base in bases.items())
+            right = ", ".join(
+                f"{key}=[{', '.join(f'{base * factor:g}' for factor in factors)}]" for key, base in bases.items()
+            )
+            lines.append(f"{name}(optimizer, **applied.scheduler_kwargs({name}, {given}, ...)) gives {right}")
     return lines
 
 
