@@ -172,6 +172,9 @@ def _check_size(node: Any, name: str) -> None:
         tag = getattr(getattr(found, "tag", None), "value", None)
         if tag is not None:
             raise PlanError(f"the tag {tag!r}; a plan has plain values only", where=name)
+        keys = [key for key in found if not isinstance(key, (str, int, float))] if isinstance(found, Mapping) else []
+        if keys:
+            raise PlanError(f"a key is text, found a {type(keys[0]).__name__}", where=name)
         parts = found.values() if isinstance(found, Mapping) else found if isinstance(found, list) else ()
         open_ += [(part, depth + 1) for part in parts]
 

@@ -24,6 +24,7 @@ HOSTILE = {
         "version: 1\nrules: !!python/object/apply:os.system ['true']\n",
         "the tag 'tag:yaml.org,2002:python/object/apply:os.system'; a plan has plain values only",
     ),
+    "key.yaml": ("version: 1\nrules:\n  - {{match: a}: frozen}\n", "a key is text, found a CommentedKeyMap"),
     "large.yaml": ("name: " + "x" * 300_000, "300,006 characters; a plan has at most 262,144"),
     "zero.yaml": ("version: 1\x00", "not YAML: unacceptable character #x0000: special characters are not allowed"),
 }
