@@ -400,11 +400,18 @@ def test_bfloat16_is_near() -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("arm", ["frozen_convs", "same_lr"])
 def test_compiled_is_near(arm: str) -> None:
-    """On features and on images, the optimizer's step included."""
+    """On features and on images, the optimizer's step included.
+
+    RMSprop's first step is the gradient's sign times a rate, so that a rounding error turns a step around where the
+    gradient is nearly zero: at a small rate that stays a small difference.
+    """
     model, plan, data = start(), load_arms([arm])[arm], (split(), split(8))
+    settings = replace(SETTINGS, epochs=3, lr=2e-5)
     runs = [
-        train_arm(copy.deepcopy(model), plan, data, replace(SETTINGS, compile=way), seed=0, progress=Recorder())
+        train_arm(copy.deepcopy(model), plan, data, replace(settings, compile=way), seed=0, progress=Recorder())
         for way in (False, True)
     ]
+    plain, compiled = ([epoch.train_loss for epoch in run.epochs] for run in runs)
 
-    assert runs[1].epochs[0].train_loss == pytest.approx(runs[0].epochs[0].train_loss, rel=0.05)
+    assert len(set(plain)) == 3
+    assert compiled == pytest.approx(plain, rel=0.01)
