@@ -19,6 +19,7 @@ from freezeplan import names, zoo
 from freezeplan.description import prefixes
 from freezeplan.errors import ApplyError, ModelError
 from freezeplan.resolution import Group, Resolution
+from freezeplan.sharded import put
 
 Scheduler = Literal["torch", "timm", "any"]
 
@@ -116,13 +117,16 @@ def pin(model: nn.Module, resolution: Resolution) -> None:
     Each largest subtree that is all in eval gets one pin; a module in eval above others in train gets one for itself.
     """
     held = {id(m) for name, found in names.modules(model).items() if resolution.modes[name] == "eval" for m in found}
+    all_held: dict[int, bool] = {}
+    for _, part in reversed(list(names.walk(model))):  # children come before their parents
+        all_held[id(part)] = id(part) in held and all(all_held[id(child)] for child in part.children())
     seen: set[int] = set()
 
     def visit(module: nn.Module) -> None:
         if id(module) in seen:
             return
         seen.add(id(module))
-        whole = all(id(part) in held for part in module.modules())
+        whole = all_held[id(module)]
         if whole or id(module) in held:
             _set_pin(module, whole)
         if not whole:
@@ -154,7 +158,7 @@ def pinned(model: nn.Module) -> set[int]:
 
 def unpin(model: nn.Module) -> None:
     """Take every pin away; what was pinned gets the mode that was last asked for."""
-    for module in model.modules():
+    for _, module in names.walk(model):
         found = module.__dict__.get("train")
         if isinstance(found, Pin):
             del module.__dict__["train"]
@@ -185,6 +189,19 @@ def param_groups(
         ApplyError: If the groups need a base rate or a base decay that was not given, a parameter is gone, or a rate
             differs between phases and the scheduler is not ``any``.
     """
+    check_groups(resolution, lr=lr, weight_decay=weight_decay, scheduler=scheduler)
+    return [
+        _entry(group, named, lr, weight_decay, scheduler)
+        for group, named in zip(resolution.groups, trained(model, resolution), strict=True)
+    ]
+
+
+def check_groups(resolution: Resolution, *, lr: float | None, weight_decay: float | None, scheduler: Scheduler) -> None:
+    """Refuse what ``param_groups`` cannot say: rates without a base rate, or that change with the phase.
+
+    Raises:
+        ApplyError: As ``param_groups`` does.
+    """
     changing = [group for group in resolution.groups if not group.constant]
     if changing and scheduler != "any":
         raise ApplyError(
@@ -203,10 +220,6 @@ def param_groups(
             f"this plan has wd_mult {_listed(decays)}, and no weight_decay was given",
             notes=["apply_plan(model, plan, lr=1e-3, weight_decay=0.05)"],
         )
-    return [
-        _entry(group, named, lr, weight_decay, scheduler)
-        for group, named in zip(resolution.groups, trained(model, resolution), strict=True)
-    ]
 
 
 def trained(model: nn.Module, resolution: Resolution) -> list[list[tuple[str, nn.Parameter]]]:
@@ -285,11 +298,11 @@ def reinitialise(model: nn.Module, resolution: Resolution, seed: int) -> None:
                 f"cannot reinit {name!r}: a fresh {zoo.title(model)} has {fresh}, this model {here}",
                 notes=["the model was changed after it was created; say reinit: false for what was changed"],
             )
-    for name in wanted:
+    for name in sorted(wanted):  # sharded tensors want one order in all processes
         for target, value in zip(old[name], new[name], strict=True):
-            target.copy_(value)
+            put(target, value)
     anew, live = names.buffers(source), names.buffers(model)
-    for name in started_anew(model, resolution) & live.keys() & anew.keys():
+    for name in sorted(started_anew(model, resolution) & live.keys() & anew.keys()):
         for buffer, value_anew in zip(live[name], anew[name], strict=True):
             buffer.copy_(value_anew)
 

@@ -23,6 +23,7 @@ from freezeplan.errors import OutputError, PlanError, WeightsError
 from freezeplan.load import load_plan
 from freezeplan.plan import Plan
 from freezeplan.resolution import Resolution
+from freezeplan.sharded import put, whole, writes
 
 _FORMAT = "freezeplan-delta-1"
 _KEYS = ("plan", "phase", "model", "timm", "base", "held")
@@ -90,8 +91,9 @@ def save(model: nn.Module, resolution: Resolution, phase: str, path: str | Path)
         "base": _content_hash(held),
         "held": json.dumps(held),
     }
-    moved = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in live.items() if key not in still}
-    write(moved, header, Path(path))
+    moved = {key: whole(tensor).cpu().clone().contiguous() for key, tensor in live.items() if key not in still}
+    if writes(live.values()):
+        write(moved, header, Path(path))
 
 
 def write(tensors: Mapping[str, Tensor], header: Mapping[str, str] | None, path: Path) -> None:
@@ -175,7 +177,7 @@ def load_delta(model: nn.Module, path: str | Path) -> Delta:
     check(delta, live, where=str(path), model=zoo.title(inner))
     with torch.no_grad():
         for key, value in delta.tensors.items():
-            live[key].copy_(value)
+            put(live[key], value)
     for module in inner.modules():
         apply.empty_cache(module)
     return delta

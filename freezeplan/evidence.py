@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from freezeplan.sharded import whole
+
 _ROUNDING = 1e-4
 """Change, relative to the largest value, up to which it is called rounding: an average (decay 0.9999) of a weight that
 stands still stays within 6e-4 of one float32 epsilon a step, and is mostly far below it."""
@@ -77,8 +79,13 @@ def pattern(before: Sequence[Tensor], after: Sequence[Tensor]) -> str:
 
 def _is_rounded(before: Sequence[Tensor], after: Sequence[Tensor], dtype: torch.dtype) -> bool:
     pairs = list(zip(before, after, strict=True))
-    return all(b.dtype == a.dtype != dtype and torch.equal(b.to(dtype).to(b.dtype), a.to(b.device)) for b, a in pairs)
+    return all(b.dtype == a.dtype != dtype and _survives(b, a, dtype) for b, a in pairs)
+
+
+def _survives(before: Tensor, after: Tensor, dtype: torch.dtype) -> bool:
+    one, two = whole(before), whole(after)
+    return torch.equal(one.to(dtype).to(one.dtype), two.to(one.device))
 
 
 def _double(tensor: Tensor) -> Tensor:
-    return tensor.detach().double()
+    return whole(tensor).double()

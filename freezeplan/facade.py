@@ -113,9 +113,7 @@ def apply_plan(
             f"the plan {live.plan.title!r} is live on this model",
             notes=["undo() it first, or apply_plan(..., replace=True)"],
         )
-    apply.param_groups(
-        inner, resolution, lr=lr, weight_decay=weight_decay, scheduler=scheduler
-    )  # refuse before changing
+    apply.check_groups(resolution, lr=lr, weight_decay=weight_decay, scheduler=scheduler)
     phases.phase_at(resolution.plan.phases, phases.Progress(), epochs)
     apply.reinitialise(inner, resolution, torch.initial_seed())
     if live is not None:
@@ -124,9 +122,8 @@ def apply_plan(
     handle._guarded = guard
     apply.enter(inner, resolution)
     inner.__dict__[_ATTRIBUTE] = handle
-    for use in resolution.uses:
-        if use.weak:
-            warnings.warn(": ".join(filter(None, (use.where, use.warning))), FreezePlanWarning, stacklevel=2)
+    for use in resolution.weak:
+        warnings.warn(": ".join(filter(None, (use.where, use.warning))), FreezePlanWarning, stacklevel=2)
     return handle
 
 
@@ -398,7 +395,7 @@ class AppliedPlan:
         """``id`` of each live trained parameter -> its multiplier in the phase that holds now."""
         index = phases.phase_at(self.plan.phases, self._progress, self._epochs)
         return {
-            id(parameter): group.rates[index] or 1.0  # frozen now: it has no gradient, so its rate has no effect
+            id(parameter): group.rates[index] or group.lr_mult  # frozen now: what its group says has no effect
             for group, named in zip(self.resolution.groups, apply.trained(self.model, self.resolution), strict=True)
             for _, parameter in named
         }
@@ -421,6 +418,8 @@ class AppliedPlan:
 
     def seal(self, *, copy: bool = False) -> None:
         """Store digests (sha256) of what is frozen, parameters and buffers, for ``verify``.
+
+        Of a model in shards (``fully_shard``) the whole values count, and every process calls ``seal`` and ``verify``.
 
         Args:
             copy: Keep the values too, so that ``verify`` can say by how much something moved; costs their memory.
@@ -453,7 +452,8 @@ class AppliedPlan:
         timm's version, and the digests of all that stood still. ``freezeplan.load_delta(model, path)`` reads it.
 
         Args:
-            path: Where the file goes; it is written under another name and renamed.
+            path: Where the file goes; it is written under another name and renamed. Where the model is in shards
+                (``fully_shard``), every process calls this and the first one writes.
 
         Raises:
             ApplyError: If the plan is not live, or what was sealed has moved.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from freezeplan import evidence, names
 from freezeplan.errors import WeightsError, did_you_mean
 from freezeplan.resolution import Resolution
+from freezeplan.sharded import whole
 
 
 @dataclass(frozen=True)
@@ -113,13 +114,15 @@ def _module(name: str, resolution: Resolution) -> str:
 def take_seal(model: nn.Module, resolution: Resolution, *, copy: bool) -> Seal:
     """Return the digests of what must not move; with ``copy`` also its values, at the cost of their memory."""
     now = dict(still(model, resolution))
-    copies = {name: tuple(tensor.detach().clone() for tensor in found) for name, found in now.items()} if copy else {}
+    copies = {name: tuple(whole(tensor).clone() for tensor in found) for name, found in now.items()} if copy else {}
     places = {name: tuple(map(place, found)) for name, found in now.items()}
     return Seal({name: digest(found) for name, found in now.items()}, places, Loads(model), copies)
 
 
 def digest(tensors: list[Tensor]) -> str:
     """Return the sha256 of the values, shapes and dtypes of some tensors, as a hexadecimal string.
+
+    A sharded tensor has the digest of its whole values, so every process calls this for it.
 
     Examples:
         >>> flat, row = torch.zeros(2), torch.zeros(1, 2)
@@ -129,7 +132,7 @@ def digest(tensors: list[Tensor]) -> str:
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        found.update(whole(tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

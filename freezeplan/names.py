@@ -8,7 +8,8 @@ tensors. ``module.`` (DDP), ``_orig_mod.`` (compile), ``_fsdp_wrapped_module.``,
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ _WRAPPER_CLASSES = frozenset(
     ("DataParallel", "DistributedDataParallel", "AveragedModel", "ModelEma", "ModelEmaV2", "ModelEmaV3")
 )
 """Wrappers that call what they wrap ``module``, a name that models use too."""
+_SUSPECT = re.compile(rf"(?:^|\.)(?:{'|'.join(sorted(_WRAPPERS))}|parametrizations)(?:\.|$)")
 
 
 def canonical(name: str, own: Collection[str] = ()) -> str:
@@ -35,6 +37,8 @@ def canonical(name: str, own: Collection[str] = ()) -> str:
         >>> canonical("fc.parametrizations.weight.original0")
         'fc.weight'
     """
+    if not _SUSPECT.search(name):
+        return name
     parts = _without_wrappers(name, own)
     if "parametrizations" in parts:
         at = parts.index("parametrizations")
@@ -50,6 +54,8 @@ def canonical_module(name: str, own: Collection[str] = ()) -> str:
         >>> canonical_module("_orig_mod.layer1.conv.parametrizations.weight")
         'layer1.conv'
     """
+    if not _SUSPECT.search(name):
+        return name
     parts = _without_wrappers(name, own)
     return ".".join(parts[: parts.index("parametrizations")] if "parametrizations" in parts else parts)
 
@@ -61,14 +67,26 @@ def _without_wrappers(name: str, own: Collection[str]) -> list[str]:
     ]
 
 
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what ``named_modules(remove_duplicate=False)`` does, in its order, several times as fast.
+
+    Examples:
+        >>> [name for name, _ in walk(nn.Sequential(nn.Sequential(nn.ReLU()), nn.ReLU()))]
+        ['', '0', '0.0', '1']
+    """
+    ahead = [("", model)]
+    while ahead:
+        name, module = ahead.pop()
+        yield name, module
+        below = f"{name}." if name else ""
+        ahead += [(below + key, child) for key, child in reversed(module._modules.items()) if child is not None]
+
+
 def called_module(model: nn.Module) -> frozenset[str]:
     """Return the names of the modules that are called ``module`` and stand in no wrapper: they are the model's own."""
-    live = dict(model.named_modules(remove_duplicate=False))
-    return frozenset(
-        name
-        for name in live
-        if name.rpartition(".")[2] == "module" and type(live[owner(name)]).__name__ not in _WRAPPER_CLASSES
-    )
+    called = [name for name, _ in walk(model) if name == "module" or name.endswith(".module")]
+    live = dict(walk(model)) if called else {}
+    return frozenset(name for name in called if type(live[owner(name)]).__name__ not in _WRAPPER_CLASSES)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -95,13 +113,18 @@ def parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         ['bias', 'weight']
     """
     own = called_module(model)
-    return _grouped((canonical(n, own), p) for n, p in model.named_parameters(remove_duplicate=False))
+    return _grouped(
+        (canonical(f"{above}.{name}" if above else name, own), parameter)
+        for above, module in walk(model)
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    )
 
 
 def modules(model: nn.Module) -> dict[str, list[nn.Module]]:
     """Return canonical name -> its live modules: one, or several where wrappers stand around it; root under ``""``."""
     own = called_module(model)
-    return _grouped((canonical_module(n, own), m) for n, m in model.named_modules(remove_duplicate=False))
+    return _grouped((canonical_module(name, own), module) for name, module in walk(model))
 
 
 def buffers(model: nn.Module) -> dict[str, list[Tensor]]:
@@ -109,9 +132,9 @@ def buffers(model: nn.Module) -> dict[str, list[Tensor]]:
     own = called_module(model)
     return _grouped(
         (canonical(f"{prefix}.{name}" if prefix else name, own), buffer)
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set
+        for prefix, module in walk(model)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
     )
 
 

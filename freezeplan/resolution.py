@@ -156,6 +156,14 @@ class Resolution:
         return self.phases or (self,)
 
     @cached_property
+    def weak(self) -> tuple[RuleUse, ...]:
+        """What to warn of: weak rules of a phase, and those of the plan that are weak in every phase."""
+        shared = len(self.plan.rules)
+        own = [use for part in self.parts for use in part.uses[: len(part.uses) - shared] if use.weak]
+        plans = zip(*(part.uses[len(part.uses) - shared :] for part in self.parts), strict=True)
+        return (*own, *(max(uses, key=lambda use: use.decided) for uses in plans if all(use.weak for use in uses)))
+
+    @cached_property
     def always_frozen(self) -> tuple[Row, ...]:
         """The rows of what is frozen in every phase."""
         return tuple(

@@ -47,11 +47,17 @@ def resolve(plan: Plan, model: Description) -> Resolution:
         raise PlanError(dict.fromkeys(problems))
     views = [part.view() for part in parts]
     if not plan.phases:
-        return views[0]
+        return _with_warnings(views[0], views[0].weak)
     _check_lasting(plan, views)
-    named = tuple(replace(view, phase=phase.name) for view, phase in zip(views, plan.phases, strict=True))
+    named = [replace(view, phase=phase.name) for view, phase in zip(views, plan.phases, strict=True)]
+    weak = replace(named[0], plan=plan, phases=tuple(named)).weak
+    phases = tuple(_with_warnings(view, weak) for view in named)
     unplaced = tuple(dict.fromkeys(name for view in views for name in view.unplaced))
-    return replace(named[0], plan=plan, phases=named, unplaced=unplaced)
+    return replace(phases[0], plan=plan, phases=phases, unplaced=unplaced)
+
+
+def _with_warnings(part: Resolution, weak: Sequence[RuleUse]) -> Resolution:
+    return replace(part, hints=(*(use.warning for use in part.uses if use in weak), *part.hints))
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,7 @@ def _view(
         rows=rows,
         modes=modes,
         uses=uses,
-        hints=(*(use.warning for use in uses if use.weak), *find_hints(plan, model, trained, frozen)),
+        hints=tuple(find_hints(plan, model, trained, frozen)),
         random=tuple(
             f"{m.name or model.model}: {m.random}" for m in model.modules if m.random and modes[m.name] == "train"
         ),

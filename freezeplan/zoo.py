@@ -216,7 +216,7 @@ def _modules(model: nn.Module) -> Iterator[Module]:
     own = names.called_module(model)
     live = {  # of a module and the wrappers around it, the innermost comes last and counts
         names.canonical_module(name, own): module
-        for name, module in model.named_modules(remove_duplicate=False)
+        for name, module in names.walk(model)
         if "parametrizations" not in name.split(".")
     }
     by_object: dict[int, list[str]] = {}
@@ -226,11 +226,17 @@ def _modules(model: nn.Module) -> Iterator[Module]:
         module = live[first]
         yield Module(
             name=first,
-            types=tuple(base.__name__ for base in type(module).__mro__ if base not in (nn.Module, object)),
+            types=_types(cast(Hashable, type(module))),
             aliases=tuple(rest),
             random=_random(module),
             caches=isinstance(getattr(module, "attention_bias_cache", None), dict),
         )
+
+
+@functools.cache
+def _types(cls: Any) -> tuple[str, ...]:
+    """The name of a class and of its bases, ``nn.Module`` excepted."""
+    return tuple(base.__name__ for base in cls.__mro__ if base not in (nn.Module, object))
 
 
 def _random(module: nn.Module) -> str:
@@ -287,10 +293,11 @@ def _norms(model: nn.Module, first_name: Mapping[int, str]) -> Iterator[str]:
     """Normalisation layers: their class, or a base, is called so, all they own is 1-d, and nothing below owns more."""
     called_module = names.called_module(model)
     for name, module in model.named_modules():
+        if not any(map(_NORM.search, _types(cast(Hashable, type(module))))):
+            continue
         own = dict(module.named_parameters(recurse=False)).values()
         if (
-            any(_NORM.search(base.__name__) for base in type(module).__mro__)
-            and len(own) == len(list(module.parameters()))
+            len(own) == len(list(module.parameters()))
             and all(parameter.ndim == 1 for parameter in own)
             and (own or isinstance(module, nn.modules.batchnorm._NormBase))
         ):
@@ -310,7 +317,7 @@ def _listed(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[str]:
     """The tensors that ``no_weight_decay()`` lists, by name or by pattern."""
     patterns: Iterable[str] = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
     for tensor in tensors:
-        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns for name in tensor.names):
+        if any(name == pattern or fnmatch.fnmatch(name, pattern) for pattern in patterns for name in tensor.names):
             yield tensor.name
 
 

@@ -28,6 +28,7 @@ CORE = [
     "names",
     "stages",
     "zoo",
+    "sharded",
     "apply",
     "rates",
     "phases",

@@ -15,8 +15,9 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from freezeplan import Plan, applied, apply_plan, resolve_plan
-from freezeplan.errors import ApplyError, PlanError
+from freezeplan.errors import ApplyError, FreezePlanWarning, PlanError
 from freezeplan.phases import Progress, advance, phase_at
+from freezeplan.zoo import create_model
 
 torch.set_num_threads(1)
 
@@ -416,3 +417,32 @@ def test_a_role_that_is_not_known_is_named_in_a_phase_too() -> None:
     assert str(error.value) == (
         "role stem is not known: Sequential is not a timm model, so its stem is not known; select with match or type"
     )
+
+
+def test_a_rule_of_all_phases_is_weak_only_if_it_is_in_each(recwarn):
+    """The head trains first, so the plan's own rules decide little then and everything later."""
+    rules = [{"match": "layer1", "frozen": True}, {"role": "bias", "lr_mult": 2}, {"match": ".*", "lr_mult": 1}]
+    phases = [{"name": "head", "until": 1, "rules": [{"role": "body", "frozen": True}]}, {"name": "rest"}]
+    model = create_model("test_resnet", num_classes=3)
+    live = apply_plan(model, {"version": 1, "phases": phases, "rules": rules}, lr=0.1)
+
+    assert [str(warning.message) for warning in recwarn] == []
+    assert [part.hints for part in live.resolution.parts] == [(), ()]
+    live.undo()
+
+    always = [{"match": "layer[12]", "frozen": True}, {"match": "layer2|fc", "lr_mult": 2}, rules[2]]
+    with pytest.warns(FreezePlanWarning, match=r"matched \d+ tensors and decided 2"):
+        apply_plan(model, {"version": 1, "phases": phases, "rules": always}, lr=0.1)
+
+
+def test_rates_of_what_a_phase_freezes_keep_the_ratio_of_their_group():
+    """A group that is frozen at first has the rate that its later phase gives it, and the guard knows."""
+    rules = [{"role": "bias", "lr_mult": 2}, {"match": ".*", "lr_mult": 1}]
+    phases = [{"name": "head", "until": 1, "rules": [{"role": "body", "frozen": True}]}, {"name": "rest"}]
+    model = create_model("test_resnet", num_classes=3)
+    live = apply_plan(model, {"version": 1, "phases": phases, "rules": rules}, lr=0.1)
+    optimizer = torch.optim.SGD(live)
+    live.check(optimizer)
+
+    assert [live.step(epoch=epoch) for epoch in range(2)] == [False, True]
+    assert {group["lr_mult"]: group["lr"] for group in optimizer.param_groups} == {1.0: 0.1, 2.0: 0.2}
