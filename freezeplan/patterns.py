@@ -1,8 +1,8 @@
 """A pattern of a plan, held against names: Python's regular expressions, bounded in time.
 
-A pattern with several repetitions, or one of a group, can take longer than the age of the universe on a hundred
-characters. Such patterns are matched by the package ``regex``, which means the same by them and can be stopped on every
-thread and platform. No torch.
+A pattern with several repetitions, with one of a group, or with alternatives in several groups, can take longer than
+the age of the universe on a hundred characters. Such patterns are matched by the package ``regex``, which means the
+same by them and can be stopped on every thread and platform. No torch.
 """
 
 from __future__ import annotations
@@ -19,17 +19,67 @@ SECONDS = 0.5
 _QUIET = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]")
 _REPEATS = re.compile(r"[*+?{]")
 _GROUP_REPEATS = re.compile(r"\)[*+{]")
+_HIDES = re.compile(r"\(\?[#\w-]")
+"""Comments and flags: behind them a bracket may open nothing."""
+_PARTS = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{(\d*),?(\d*)\}|.", re.DOTALL)
+LONGEST, LARGEST = 10_000, 100_000
+"""Characters of a pattern, and of it written out with every counted repetition as copies."""
 
 
 class SlowPatternError(PlanError):
     """A pattern takes too long."""
 
 
+def objection(text: str) -> str:
+    """Return why a text is no pattern that can be held against names; empty if it is one.
+
+    A count such as ``{4294967294}`` costs nothing in ``re``, and gigabytes in an engine that copies what it repeats.
+
+    Examples:
+        >>> objection(r"blocks[.][0-3]"), objection("(a")
+        ('', 'is not a regular expression: missing ), unterminated subpattern at character 1')
+        >>> objection("((a{99}){99}){99}")
+        'has counted repetitions that make more than 100,000 characters'
+    """
+    if len(text) > LONGEST:
+        return f"has {len(text):,} characters, and a pattern has at most {LONGEST:,}"
+    try:
+        re.compile(text)
+    except re.error as error:
+        place = "" if error.pos is None else f" at character {error.pos + 1}"
+        return f"is not a regular expression: {error.msg}{place}"
+    except OverflowError:
+        return "repeats more often than can be counted"
+    except RecursionError:
+        return "is nested too deeply"
+    return f"has counted repetitions that make more than {LARGEST:,} characters" if _written_out(text) > LARGEST else ""
+
+
+def _written_out(text: str) -> int:
+    """Characters of a pattern in which ``a{3}`` is written ``aaa``, or a little more."""
+    open_, last = [0], 0  # the length of each group that is open, and of what a count would repeat
+    for part in _PARTS.finditer(text):
+        least, most = part.groups(default="")
+        if least or most:
+            copies = max(int(least or 0), int(most or 0))
+            open_[-1] += last * max(copies - 1, 0)
+            last *= copies
+        elif part.group() == "(":
+            open_.append(0)
+        elif part.group() == ")" and len(open_) > 1:
+            last = open_.pop() + 1
+            open_[-1] += last
+        elif part.group() not in ("*", "+", "?"):
+            last = 1
+            open_[-1] += 1
+    return sum(open_)
+
+
 class Pattern:
     """A regular expression that gives up after a while.
 
     Args:
-        text: A valid regular expression of Python's ``re``.
+        text: A regular expression to which there is no :func:`objection`.
 
     Examples:
         >>> Pattern(r"blocks[.][0-3]").fullmatch("blocks.2"), Pattern("a|b").fullmatch("ab")
@@ -44,7 +94,12 @@ class Pattern:
     def __init__(self, text: str):
         self._text = text
         bare = _QUIET.sub("", text)
-        self._risky = len(_REPEATS.findall(bare)) > 1 or _GROUP_REPEATS.search(bare) is not None
+        self._risky = (
+            len(_REPEATS.findall(bare)) > 1
+            or _GROUP_REPEATS.search(bare) is not None
+            or _HIDES.search(text) is not None
+            or ("|" in bare and bare.count("(") > 1)
+        )
         self._plain = re.compile(text)
         self._bounded = regex.compile(text) if self._risky else None
         self._left = SECONDS

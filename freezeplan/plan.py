@@ -24,6 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from freezeplan.patterns import objection
 from freezeplan.source import Loc, Source
 
 Role = Literal["head", "stem", "body", "norm", "bias", "pos_embed", "no_weight_decay"]
@@ -40,15 +41,10 @@ SETTINGS = ("frozen", "lr_mult", "wd_mult", "mode", "reinit")
 def _check_pattern(pattern: str) -> str:
     if not pattern:
         raise PydanticCustomError("bad_pattern", "an empty pattern matches no name")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        place = "" if error.pos is None else f" at character {error.pos + 1}"
-        raise PydanticCustomError(
-            "bad_pattern",
-            "pattern {pattern} is not a regular expression: {reason}{place}",
-            {"pattern": repr(pattern), "reason": error.msg, "place": place},
-        ) from None
+    reason = objection(pattern)
+    if reason:
+        shown = repr(pattern if len(pattern) <= 200 else pattern[:60] + "...")
+        raise PydanticCustomError("bad_pattern", "pattern {pattern} {reason}", {"pattern": shown, "reason": reason})
     return pattern
 
 

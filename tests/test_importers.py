@@ -242,7 +242,7 @@ REFUSED = [
         finetuning_scheduler.read,
         "s.yaml",
         "0: {params: ['a(']}",
-        "s.yaml:1:14: 'a(' is not a regular expression: missing ), unterminated subpattern",
+        "s.yaml:1:14: 'a(' is not a regular expression: missing ), unterminated subpattern at character 2",
         id="fts-pattern",
     ),
     pytest.param(

@@ -7,6 +7,7 @@ missing, damaged or empty is a :class:`~freezeplan.errors.DataError` that names 
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,6 +27,11 @@ LabelRule = Literal["largest", "first"]
 SplitName = Literal["train", "val"]
 
 LISTS = ("ImageSets/Main/train.txt", "ImageSets/Main/val.txt")
+LARGEST_TEXT, MOST_CLASSES, WIDEST = 16 * 2**20, 10_000, 1_000_000
+"""Bytes of a list or an annotation, classes of a data set, and pixels of a corner; beyond them something is wrong."""
+FORMATS = ("JPEG", "PNG")
+"""What is decoded, whatever a file is called: PIL knows formats that start other programs."""
+_ENCODINGS = {"utf-8": "utf-8-sig", "us-ascii": "ascii", "iso-8859-1": "latin-1", "windows-1252": "cp1252"}
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
 
@@ -109,7 +115,10 @@ def read_voc(path: str | Path, *, name: str | None = None) -> VocData:
     train, val = (_read_list(files, file, problems) for file in LISTS)
     if problems:
         raise DataError(_first_of(problems))
-    classes = tuple(sorted({box.name for photo in train + val for box in photo.objects}))
+    found = {box.name for photo in train + val for box in photo.objects}
+    if len(found) > MOST_CLASSES:
+        raise DataError(f"{len(found):,} classes; a data set has at most {MOST_CLASSES:,}", where=str(path))
+    classes = tuple(sorted(found))
     return VocData(name or path.resolve().name, classes, train, val, files)
 
 
@@ -157,7 +166,7 @@ def load_split(
     def decode_into(row: int) -> Problem | None:
         try:
             images[row] = decode(data.files.read(photos[row].file), image_size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
+        except Exception as error:  # what a damaged image makes its reader raise is not documented
             return Problem(f"{photos[row].file} does not decode ({_reason(error)})", str(data.files.path))
         return None
 
@@ -186,9 +195,9 @@ def decode(content: bytes, image_size: int) -> Tensor:
     """Decode one image to uint8 RGB, (3, image_size, image_size): squashed to a square, bilinear with antialiasing.
 
     Raises:
-        OSError: If it is no image, damaged or cut short.
+        OSError: If it is neither JPEG nor PNG, damaged or cut short.
         SyntaxError: If it is a damaged PNG.
-        PIL.Image.DecompressionBombError: If it claims to have more pixels than PIL allows.
+        PIL.Image.DecompressionBombError: If it claims to have more pixels than PIL takes without a warning.
 
     Examples:
         >>> buffer = io.BytesIO()
@@ -196,7 +205,9 @@ def decode(content: bytes, image_size: int) -> Tensor:
         >>> decode(buffer.getvalue(), 4).shape, decode(buffer.getvalue(), 4).unique()
         (torch.Size([3, 4, 4]), tensor([128], dtype=torch.uint8))
     """
-    with Image.open(io.BytesIO(content)) as picture:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+        if picture.width * picture.height > (Image.MAX_IMAGE_PIXELS or 0):
+            raise Image.DecompressionBombError(f"{picture.width} x {picture.height} pixels are too many")
         small = picture.convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(small)).permute(2, 0, 1)
 
@@ -205,7 +216,7 @@ def _read_list(files: Files, file: str, problems: list[Problem]) -> tuple[Photo,
     where = str(files.path)
     if not files.has(file):
         raise DataError(f"{file} is missing", where=where, notes=["both train.txt and val.txt are needed"])
-    lines = files.read(file).decode(errors="replace").splitlines()
+    lines = _text(files.read(file), file, where).splitlines()
     ids = [line.split()[0] for line in lines if line.strip()]
     if not ids:
         raise DataError(f"{file} lists no image", where=where)
@@ -220,14 +231,21 @@ def _read_list(files: Files, file: str, problems: list[Problem]) -> tuple[Photo,
 
 def _read_photo(files: Files, listed_in: str, id_: str) -> Photo:
     where = str(files.path)
+    if not _is_plain(id_):
+        notes = ["an image is listed by the name of its file, without folder and suffix"]
+        raise DataError(f"{listed_in} names {id_[:60]!r}, which is no name of a file", where=where, notes=notes)
     annotation = f"Annotations/{id_}.xml"
     image = next((f"JPEGImages/{id_}{s}" for s in IMAGE_SUFFIXES if files.has(f"JPEGImages/{id_}{s}")), None)
     if image is None:
         raise DataError(f"{listed_in} names {id_}, but there is no JPEGImages/{id_}.jpg", where=where)
     if not files.has(annotation):
         raise DataError(f"{listed_in} names {id_}, but there is no {annotation}", where=where)
+    text = _text(files.read(annotation), annotation, where)
+    if "<!DOCTYPE" in text:
+        notes = ["a document type can define entities that expand without end; take the line out"]
+        raise DataError(f"{annotation} has a <!DOCTYPE>, which is not read", where=where, notes=notes)
     try:
-        objects = tuple(map(_box, ElementTree.fromstring(files.read(annotation)).iterfind("object")))
+        objects = tuple(map(_box, ElementTree.fromstring(text).iterfind("object")))
     except ElementTree.ParseError as error:
         raise DataError(f"{annotation} is not well-formed XML ({error})", where=where) from None
     except ValueError as error:
@@ -237,10 +255,32 @@ def _read_photo(files: Files, listed_in: str, id_: str) -> Photo:
     return Photo(id_, image, objects)
 
 
+def _is_plain(id_: str) -> bool:
+    return id_.isprintable() and not set(id_) & {"/", "\\"} and id_ not in (".", "..") and len(id_.encode()) <= 200
+
+
+def _text(content: bytes, file: str, where: str) -> str:
+    """Decode a list or an annotation here, so that no parser reads another text than what was checked."""
+    if len(content) > LARGEST_TEXT:
+        raise DataError(f"{file} has {len(content):,} bytes, expected at most {LARGEST_TEXT:,}", where=where)
+    declared = re.match(rb"(?:\xef\xbb\xbf)?<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([^\"'>]{1,40})", content)
+    wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+    encoding = "utf-16" if wide else declared[1].decode("latin-1").lower() if declared else "utf-8"
+    if not wide and encoding not in _ENCODINGS:
+        known = ", ".join(_ENCODINGS)
+        raise DataError(f"{file} is encoded as {encoding!r}, expected one of {known}", where=where)
+    try:
+        return content.decode(_ENCODINGS.get(encoding, encoding))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not {encoding.upper()} text (byte {error.start})", where=where) from None
+
+
 def _box(element: ElementTree.Element) -> Box:
     name = (element.findtext("name") or "").strip()
     if not name:
         raise ValueError("without a name")
+    if len(name) > 200 or not name.isprintable():
+        raise ValueError(f"whose name is {name[:60]!r}, not at most 200 printable characters")
     xmin, ymin, xmax, ymax = (_corner(element, name, corner) for corner in ("xmin", "ymin", "xmax", "ymax"))
     return Box(name, xmin, ymin, xmax, ymax, difficult=(element.findtext("difficult") or "").strip() == "1")
 
@@ -248,9 +288,12 @@ def _box(element: ElementTree.Element) -> Box:
 def _corner(element: ElementTree.Element, name: str, corner: str) -> float:
     text = element.findtext(f"bndbox/{corner}")
     try:
-        return float(text or "")
+        number = float(text or "")
     except ValueError:
-        raise ValueError(f"{name!r} whose {corner} is {text!r}, not a number") from None
+        raise ValueError(f"{name!r} whose {corner} is {text and text[:60]!r}, not a number") from None
+    if not 0 <= number <= WIDEST:
+        raise ValueError(f"{name!r} whose {corner} is {number:g}, not a number of pixels from 0 to {WIDEST:,}")
+    return number
 
 
 def _presence(photo: Photo, name: str) -> int:
@@ -278,4 +321,4 @@ def _count_bad(count: int) -> str:
 
 def _reason(error: Exception) -> str:
     # What PIL says of a file that it does not know names an object in memory.
-    return "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+    return "neither JPEG nor PNG" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -131,9 +132,14 @@ def read_state(path: Path) -> Mapping[str, Tensor]:
     if path.suffix == ".npy":
         return read_npy(path)
     try:
-        content = load_state_dict(str(path))
+        content = load_state_dict(str(path), weights_only=True)
         state = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
     except Exception as error:  # what a damaged file makes its reader raise is not documented
+        asks = re.search(r"GLOBAL (\S+)", str(error.__cause__))
+        if asks:
+            notes = ["save the model's state_dict, best as a safetensors file, and give that"]
+            message = f"asks for {asks[1]}; a checkpoint holds tensors, and nothing in a file is executed"
+            raise WeightsError(message, where=str(path), notes=notes) from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsError(f"cannot be read as weights ({reason})", where=str(path)) from error
     if not state:

@@ -8,6 +8,7 @@ from typing import Any
 
 from freezeplan.errors import PlanError, did_you_mean
 from freezeplan.load import read_data
+from freezeplan.patterns import objection
 from freezeplan.plan import Phase, Plan, Rate, Rule
 from freezeplan.source import Source
 
@@ -75,10 +76,9 @@ def _pattern(text: Any, where: str) -> str:
         raise PlanError(f"a parameter is named by text, found {text!r}", where=where)
     if _LITERAL.fullmatch(text) and text.rpartition(".")[2] in ("weight", "bias"):
         return text.replace(".", r"\.")
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise PlanError(f"{text!r} is not a regular expression: {error.msg}", where=where) from None
+    reason = objection(text)
+    if reason:
+        raise PlanError(f"{text[:200]!r} {reason}", where=where)
     whole = "(?=)" if "$" in text or r"\Z" in text else ""  # then it is held against parameters' names only
     return f"{whole}(?:{text}).*"
 
