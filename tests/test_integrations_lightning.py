@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -143,6 +144,36 @@ def test_a_scheduler_is_passed_on_and_one_that_flattens_is_refused(plain: Any) -
     flat = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=9)
     with pytest.raises(ApplyError, match=r"^OneCycleLR flattened the rates|, OneCycleLR flattened the rates"):
         configure_optimizers(module.applied, optimizer, flat)
+
+
+class ByTimm(Classifier):
+    """With a scheduler of timm, as docs/trainers/lightning.md says."""
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.SGD(self.applied, momentum=0.9)
+        return configure_optimizers(self.applied, optimizer, cosine(optimizer))
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step(self.current_epoch + 1)
+
+
+def cosine(optimizer: Any) -> CosineLRScheduler:
+    return CosineLRScheduler(optimizer, t_initial=4, lr_min=1e-3, warmup_t=1, warmup_lr_init=1e-2)
+
+
+def test_schedulers_of_timm_work_by_one_hook(plain: Any, tmp_path: Path) -> None:
+    """Three epochs of warm-up and cosine with a floor: the weights of the plain loop."""
+    module = ByTimm(PARTLY, plain, scheduler="timm")
+    fit(module, 3, tmp_path)
+    model = small()
+    live = apply_plan(model, PARTLY, lr=0.05, scheduler="timm")
+    optimizer = torch.optim.SGD(live, momentum=0.9)
+    scheduler = cosine(optimizer)
+    ended = iter(range(1, 4))
+    plain.train(model, live, optimizer, range(3), after_epoch=lambda: scheduler.step(next(ended)))
+
+    assert plain.difference(module.model.state_dict(), model.state_dict()) <= 1e-6
+    assert {group["lr"] for group in optimizer.param_groups} != {0.05, 0.005}
 
 
 def test_what_a_trainer_cannot_do_is_said_before_it_starts(plain: Any, tmp_path: Path) -> None:
