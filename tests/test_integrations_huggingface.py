@@ -106,9 +106,15 @@ def by_hand(
     return model
 
 
-@pytest.mark.parametrize("scheduler", ["torch", "any"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+@pytest.mark.parametrize(
+    ("name", "checkpointing", "scheduler"),
+    [
+        ("test_resnet", True, "torch"),
+        ("test_vit", False, "any"),
+        *(pytest.param("test_resnet", False, kind, marks=pytest.mark.slow) for kind in ("torch", "any")),
+        *(pytest.param("test_vit", True, kind, marks=pytest.mark.slow) for kind in ("torch", "any")),
+    ],
+)
 def test_an_epoch_gives_the_weights_of_the_plain_loop(
     name: str, checkpointing: bool, scheduler: Any, plain: Any, tmp_path: Path
 ) -> None:
@@ -127,9 +133,10 @@ def test_an_epoch_gives_the_weights_of_the_plain_loop(
 
 @pytest.mark.parametrize(
     ("plan", "second"),
-    [pytest.param(BY_EPOCH, 1, id="epoch", marks=pytest.mark.slow), pytest.param(BY_PLATEAU, 3, id="plateau")],
+    [pytest.param(BY_EPOCH, 1, id="epoch"), pytest.param(BY_PLATEAU, 3, id="plateau")],
 )
-@pytest.mark.parametrize("restore", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "restore-callbacks"])
+@pytest.mark.parametrize("restore", [False, True], ids=["found", "restored"])
+@pytest.mark.slow
 def test_phases_are_those_of_the_plain_loop_and_a_run_resumes_in_the_second(
     plan: Any, second: int, restore: bool, plain: Any, tmp_path: Path
 ) -> None:
@@ -243,7 +250,7 @@ SCORE = {
     ("plan", "stop"),
     [
         pytest.param(PARTLY, None, id="no phases"),
-        pytest.param(SCORE, 4, id="plateau"),
+        pytest.param(SCORE, 4, id="plateau", marks=pytest.mark.slow),
         *(pytest.param(BY_EPOCH, stop, id=f"epoch-{stop}", marks=pytest.mark.slow) for stop in (None, 1, 2)),
         *(pytest.param(SCORE, stop, id=f"plateau-{stop}", marks=pytest.mark.slow) for stop in (None, 2, 3)),
     ],

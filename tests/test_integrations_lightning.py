@@ -97,8 +97,15 @@ def by_hand(plan: Any, plain: Any, epochs: int, name: str = "test_resnet", sched
     return model
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
-@pytest.mark.parametrize("scheduler", ["torch", "any"])
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [
+        ("test_resnet", "torch"),
+        pytest.param("test_resnet", "any", marks=pytest.mark.slow),
+        pytest.param("test_vit", "torch", marks=pytest.mark.slow),
+        ("test_vit", "any"),
+    ],
+)
 def test_an_epoch_gives_the_weights_of_the_plain_loop(name: str, scheduler: str, plain: Any, tmp_path: Path) -> None:
     """The same plan, data and seed; what is frozen, statistics of BatchNorm too, is bit-identical afterwards."""
     module = Classifier(PARTLY, plain, name, scheduler)
@@ -114,8 +121,13 @@ def test_an_epoch_gives_the_weights_of_the_plain_loop(name: str, scheduler: str,
     assert len(moved) < len(before)
 
 
-@pytest.mark.parametrize(("plan", "second"), [(BY_EPOCH, 1), (BY_PLATEAU, 3)], ids=["epoch", "plateau"])
-@pytest.mark.parametrize("where", [True, False], ids=["train-end", "validation-end"])
+@pytest.mark.parametrize(
+    ("plan", "second"),
+    [pytest.param(BY_EPOCH, 1, id="epoch", marks=pytest.mark.slow), pytest.param(BY_PLATEAU, 3, id="plateau")],
+)
+@pytest.mark.parametrize(
+    "where", [pytest.param(True, id="train-end", marks=pytest.mark.slow), pytest.param(False, id="validation-end")]
+)
 def test_phases_are_those_of_the_plain_loop_and_a_run_resumes_in_the_second(
     plan: Any, second: int, where: bool, plain: Any, tmp_path: Path
 ) -> None:
@@ -144,6 +156,16 @@ def test_a_scheduler_is_passed_on_and_one_that_flattens_is_refused(plain: Any) -
     flat = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=9)
     with pytest.raises(ApplyError, match=r"^OneCycleLR flattened the rates|, OneCycleLR flattened the rates"):
         configure_optimizers(module.applied, optimizer, flat)
+
+
+def test_a_trainer_that_only_validates_needs_no_plan(plain: Any) -> None:
+    """The callback may stay in the list; it has no phase to keep and none to go on in."""
+    callback = FreezePlanCallback()
+    callback.setup(SimpleNamespace(world_size=1), L.LightningModule(), "validate")
+    callback.load_state_dict({"plans": {"model": {}}, "metrics": {}})
+    callback.on_train_epoch_start(SimpleNamespace(current_epoch=0), L.LightningModule())
+
+    assert callback.state_dict() == {}
 
 
 class ByTimm(Classifier):

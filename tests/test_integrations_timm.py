@@ -110,14 +110,32 @@ def test_timms_optimizer_and_cosine_train_as_a_loop_with_the_rates_by_hand(
     assert live.verify().checked > 5
 
 
-def run(plain: Any, epochs: int, folder: Path, resume: str = "") -> tuple[Any, Any]:
-    """What train.py does around its loop, with the three lines of docs/trainers/timm.md."""
-    folder.mkdir(exist_ok=True)
+PLATEAU = {
+    "version": 1,
+    "phases": [
+        {
+            "name": "head",
+            "until": {"metric": "score", "patience": 1, "goal": "max"},
+            "rules": [{"role": "body", "frozen": True}],
+        },
+        {"name": "all"},
+    ],
+    "rules": [{"role": "head", "lr_mult": 1}, {"match": ".*", "lr_mult": 0.1}],
+}
+
+
+def run(plan: Any, plain: Any, epochs: int, folder: Path, *, resume: bool = False) -> tuple[Any, Any]:
+    """What train.py does around its loop, with the lines of docs/trainers/timm.md."""
     torch.manual_seed(0)
     model = timm.create_model(ARGS.model, num_classes=3)
-    applied = apply_plan(model, PHASES, scheduler="timm", epochs=ARGS.epochs)
+    applied = apply_plan(model, plan, scheduler="timm", weight_decay=ARGS.weight_decay, epochs=ARGS.epochs)
     optimizer = create_optimizer_v2(applied, **optimizer_kwargs(cfg=ARGS), **ARGS.opt_kwargs)
-    start = (resume_checkpoint(model, resume, optimizer=optimizer) or 0) if resume else 0
+    start = 0
+    if resume:
+        start = resume_checkpoint(model, str(folder / "last.pth.tar"), optimizer=optimizer) or 0
+        if plan is PLATEAU:
+            applied.load_state_dict(torch.load(folder / "plan.pt"))
+    folder.mkdir(exist_ok=True)
     scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(ARGS), updates_per_epoch=3)
     if start:
         scheduler.step(start)
@@ -125,15 +143,20 @@ def run(plain: Any, epochs: int, folder: Path, resume: str = "") -> tuple[Any, A
     for epoch in range(start, epochs):
         plain.train(model, applied, optimizer, range(epoch, epoch + 1))  # calls applied.step(epoch=epoch) first
         scheduler.step(epoch + 1)
+        applied.step(epoch=epoch + 1, metrics={"score": plain.scores[epoch]})
+        torch.save(applied.state_dict(), folder / "plan.pt")
         saver.save_checkpoint(epoch, metric=float(epoch))
     return model, applied
 
 
-def test_a_run_resumed_by_timm_in_phase_two_is_the_run_that_was_not_stopped(plain: Any, tmp_path: Path) -> None:
-    """Stopped after two of four epochs: epoch phases need nothing in the checkpoint but the epoch."""
-    whole, _ = run(plain, 4, tmp_path / "whole")
-    run(plain, 2, tmp_path / "cut")
-    again, applied = run(plain, 4, tmp_path / "cut", resume=str(tmp_path / "cut" / "last.pth.tar"))
+@pytest.mark.parametrize(("plan", "stop"), [(PHASES, 2), (PLATEAU, 3)], ids=["epoch", "plateau"])
+def test_a_run_resumed_by_timm_in_phase_two_is_the_run_that_was_not_stopped(
+    plan: Any, stop: int, plain: Any, tmp_path: Path
+) -> None:
+    """Phases that end at an epoch need nothing in the checkpoint but the epoch; a plateau is kept beside it."""
+    whole, live = run(plan, plain, 5, tmp_path / "whole")
+    _, cut = run(plan, plain, stop, tmp_path / "cut")
+    again, applied = run(plan, plain, 5, tmp_path / "cut", resume=True)
 
-    assert applied.phase == "all"
+    assert cut.phase == live.phase == applied.phase == "all"
     assert plain.difference(whole.state_dict(), again.state_dict()) == 0
