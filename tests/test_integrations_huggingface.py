@@ -165,6 +165,20 @@ def test_phases_are_those_of_the_plain_loop_and_a_run_resumes_in_the_second(
         assert plain.difference(whole.timm_model.state_dict(), again.timm_model.state_dict()) <= 1e-6
 
 
+@pytest.mark.slow
+def test_a_run_stopped_within_an_epoch_of_phase_two_goes_on_to_the_same(plain: Any, tmp_path: Path) -> None:
+    """The Trainer skips what of the epoch was seen; the phase is that of the epoch."""
+    settings = {"save_strategy": "steps", "save_steps": 5}
+    whole, again = wrapper(), wrapper()
+    trainer(whole, apply_plan(whole.timm_model, BY_EPOCH, lr=0.05), plain, 3, tmp_path, **settings).train()
+    resumed = apply_plan(again.timm_model, BY_EPOCH, lr=0.05)
+    run = trainer(again, resumed, plain, 3, tmp_path / "again", **settings)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+    assert resumed.phase == "all"
+    assert plain.difference(whole.timm_model.state_dict(), again.timm_model.state_dict()) <= 1e-6
+
+
 def test_arguments_make_the_optimizer(tmp_path: Path) -> None:
     """Rate, betas and decay come from the arguments; the plan's multipliers and exemptions stay."""
     applied = apply_plan(small(), PARTLY, lr=1e-3)
