@@ -186,6 +186,11 @@ class AppliedPlan:
         return self.resolution.plan
 
     @property
+    def scheduler(self) -> apply.Scheduler:
+        """Who multiplies the rates, as ``apply_plan`` was told: ``torch``, ``timm`` or ``any``."""
+        return self._scheduler
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         """Fresh groups for an optimizer, of the parameters that the model has now.
 

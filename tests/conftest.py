@@ -50,3 +50,44 @@ def a_thread_a_worker():
         import torch
 
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def plain():
+    """The loop that every trainer is compared with: images, labels, and a training on them in their order."""
+    import torch
+
+    generator = torch.Generator().manual_seed(7)
+    images = torch.randn(24, 3, 32, 32, generator=generator)
+    labels = torch.randint(0, 3, (24,), generator=generator)
+
+    class Plain:
+        """24 images of three classes, 8 a batch."""
+
+        data = (images, labels)
+        scores = (0.5, 0.6, 0.6, 0.6, 0.7)
+        """What a validation gives after each epoch, for phases that end at a plateau."""
+
+        @staticmethod
+        def train(model, live, optimizer, epochs, *, after_step=lambda: None, after_epoch=lambda: None):
+            for epoch in epochs:
+                metrics = {"score": Plain.scores[epoch - 1]} if epoch else {}
+                live.step(epoch=epoch, metrics=metrics)
+                model.train()
+                for batch in torch.arange(24).split(8):
+                    loss = torch.nn.functional.cross_entropy(model(images[batch]), labels[batch])
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    after_step()
+                after_epoch()
+
+        @staticmethod
+        def difference(one, two):
+            """Largest absolute difference between two state dicts, in the weights' own units."""
+            assert list(one) == list(two)
+            return max(
+                (a.double() - b.double()).abs().max().item() for a, b in zip(one.values(), two.values(), strict=True)
+            )
+
+    return Plain

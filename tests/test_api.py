@@ -75,6 +75,7 @@ def test_what_an_applied_plan_offers():
         "plan",
         "prefix",
         "save_delta",
+        "scheduler",
         "scheduler_kwargs",
         "seal",
         "state_dict",

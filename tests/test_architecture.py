@@ -53,7 +53,7 @@ CORE = [
 ]
 """The core, in the order in which it can be read: each module imports only what stands above it."""
 
-ORDER = [*CORE, "importers", "experiment", "proof_commands", "cli", "__main__"]
+ORDER = [*CORE, "importers", "integrations", "experiment", "proof_commands", "cli", "__main__"]
 
 ONLY = {"timm": {"zoo"}, "rich": {"render"}, "matplotlib": {"picture"}, "typer": set()}
 """Package -> the modules of the core that may import it."""
@@ -120,7 +120,7 @@ def test_every_module_has_its_place():
 def test_a_module_imports_only_what_stands_above_it(file):
     """The arrows between modules point one way; the runner uses the core, never the other way round."""
     layer = layer_of(file)
-    above = set(ORDER[: ORDER.index(layer)]) | ({"experiment"} if layer == "experiment" else set())
+    above = set(ORDER[: ORDER.index(layer)]) | ({layer} if layer in ("experiment", "integrations") else set())
 
     assert layers(file.read_text(encoding="utf-8")) - above == set()
 
@@ -132,6 +132,16 @@ def test_each_package_has_its_one_place_in_the_core(name):
 
     assert [package for package, homes in ONLY.items() if package in found and name not in homes] == []
     assert name not in NO_TORCH or "torch" not in found
+
+
+def test_integrations_see_the_facade_alone_and_nobody_sees_them():
+    """Each is thin: it names the facade and the errors, and stands between nothing."""
+    inside = [file for file in MODULES if layer_of(file) == "integrations"]
+    outside = [file for file in MODULES if layer_of(file) != "integrations"]
+
+    assert {part for file in inside for part in layers(file.read_text())} == {"errors", "facade", "integrations"}
+    assert all("integrations" not in layers(file.read_text()) for file in outside)
+    assert all(len(file.read_text().splitlines()) < 80 for file in inside)
 
 
 SEEN = [
