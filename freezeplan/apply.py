@@ -74,9 +74,10 @@ def enter(model: nn.Module, part: Resolution) -> None:
 
 def remember(model: nn.Module) -> Before:
     """Return the flags and modes of a model, for ``restore``. Changes nothing."""
+    parameters, modules = names.both(model)
     return Before(
-        {name: tuple(p.requires_grad for p in found) for name, found in names.parameters(model).items()},
-        {name: tuple(m.training for m in found) for name, found in names.modules(model).items()},
+        {name: tuple(p.requires_grad for p in found) for name, found in parameters.items()},
+        {name: tuple(m.training for m in found) for name, found in modules.items()},
     )
 
 

@@ -112,19 +112,31 @@ def parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         >>> list(parameters(nn.utils.parametrizations.weight_norm(nn.Linear(2, 3))))
         ['bias', 'weight']
     """
-    own = called_module(model)
-    return _grouped(
-        (canonical(f"{above}.{name}" if above else name, own), parameter)
-        for above, module in walk(model)
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    )
+    return both(model)[0]
+
+
+def both(model: nn.Module) -> tuple[dict[str, list[nn.Parameter]], dict[str, list[nn.Module]]]:
+    """Return ``parameters(model)`` and ``modules(model)``, in one walk.
+
+    Examples:
+        >>> [list(found) for found in both(nn.Sequential(nn.Linear(1, 1)))]
+        [['0.weight', '0.bias'], ['', '0']]
+    """
+    live = list(walk(model))
+    own = called_module(model) if any(name.endswith("module") for name, _ in live) else frozenset()
+    found: dict[str, list[nn.Parameter]] = {}
+    seen: dict[str, list[nn.Module]] = {}
+    for above, module in live:
+        seen.setdefault(canonical_module(above, own), []).append(module)
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(canonical(f"{above}.{name}" if above else name, own), []).append(parameter)
+    return found, seen
 
 
 def modules(model: nn.Module) -> dict[str, list[nn.Module]]:
     """Return canonical name -> its live modules: one, or several where wrappers stand around it; root under ``""``."""
-    own = called_module(model)
-    return _grouped((canonical_module(name, own), module) for name, module in walk(model))
+    return both(model)[1]
 
 
 def buffers(model: nn.Module) -> dict[str, list[Tensor]]:

@@ -295,9 +295,9 @@ def _norms(model: nn.Module, first_name: Mapping[int, str]) -> Iterator[str]:
     for name, module in model.named_modules():
         if not any(map(_NORM.search, _types(cast(Hashable, type(module))))):
             continue
-        own = dict(module.named_parameters(recurse=False)).values()
+        own = [parameter for parameter in module._parameters.values() if parameter is not None]
         if (
-            len(own) == len(list(module.parameters()))
+            (not module._modules or len(own) == len(list(module.parameters())))
             and all(parameter.ndim == 1 for parameter in own)
             and (own or isinstance(module, nn.modules.batchnorm._NormBase))
         ):
