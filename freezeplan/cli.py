@@ -288,6 +288,12 @@ def run(
         Path | None,
         typer.Option(help="VOCdevkit folder, its VOC2012 folder, or a tar of either.", show_default="embedded sample"),
     ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch VOC 2012 (2 GB) to the folder --data, or the cache folder.")
+    ] = False,
+    url: Annotated[
+        str | None, typer.Option(help="A mirror for --download; same checksum.", show_default="official")
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(help="A timm model name; vgg16 gets the lecture's head.", show_default="vgg16; sample: slim"),
@@ -358,6 +364,8 @@ def run(
         raise MissingExtraError(error.name or "a package", "run") from None
     voc_vgg16(
         data=data,
+        download=download,
+        url=url,
         model=model,
         weights=weights,
         arm=arm,

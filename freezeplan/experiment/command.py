@@ -18,9 +18,11 @@ from freezeplan import render
 from freezeplan.errors import FreezePlanError, MissingExtraError
 from freezeplan.experiment.arms import ARMS, load_arms, run
 from freezeplan.experiment.checkpoint import open_checkpoints
+from freezeplan.experiment.download import VOC2012, check_counts, default_folder
+from freezeplan.experiment.download import download as fetch
 from freezeplan.experiment.results import FILES, check_free, finished, summarise, write_results
 from freezeplan.experiment.sample import BATCH_SIZE, EPOCHS, weights_path, write_sample
-from freezeplan.experiment.screen import Screen, print_results, print_settings
+from freezeplan.experiment.screen import Screen, download_bar, print_results, print_settings
 from freezeplan.experiment.train import OptimizerName, Settings
 from freezeplan.experiment.voc import LabelRule, read_voc
 from freezeplan.experiment.weights import LECTURE, default_image_size, weights_title
@@ -53,6 +55,8 @@ def default_settings(model: str, *, sample: bool) -> Settings:
 def voc_vgg16(
     *,
     data: Path | None = None,
+    download: bool = False,
+    url: str | None = None,
     model: str | None = None,
     weights: str | None = None,
     arm: Sequence[str] | None = None,
@@ -83,6 +87,9 @@ def voc_vgg16(
 
     Args:
         data: A VOCdevkit folder, its VOC2012 folder, or a tar of either. None: the embedded sample.
+        download: Download the official archive of PASCAL VOC 2012 (2 GB) to the folder ``data``, or to the user's cache
+            folder; one that is there is taken, one that was cut is gone on with.
+        url: A mirror for ``download``; the checksum is the official one.
         model: A timm model name. None: ``vgg16`` with the lecture's head; of the sample its slim version.
         weights: A safetensors file, a checkpoint, the lecture's ``vgg16.npy``, or ``random``.
             None: timm's pretrained weights; of the sample those that come with it.
@@ -132,6 +139,12 @@ def voc_vgg16(
         render.stdout().print(f"{out}: finished already", soft_wrap=True)
         return out
     check_free(out, overwrite=overwrite or resume)
+    if url and not download:
+        notes = ["freezeplan run voc_vgg16 --download --url URL"]
+        raise FreezePlanError("--url is a mirror for --download, which is not given", notes=notes)
+    if download:
+        with download_bar(render.stderr(), VOC2012.name, VOC2012.size) as progress:
+            data = fetch(VOC2012, data or default_folder(), url=url, progress=progress)
     sample = data is None
     model = model or (SAMPLE_MODEL if sample else MODEL)
     if sample and model == SAMPLE_MODEL and weights is None:
@@ -159,6 +172,8 @@ def voc_vgg16(
     stdout, stderr = render.stdout(), render.stderr()
     with TemporaryDirectory() as temporary:
         voc = read_voc(write_sample(Path(temporary)), name="embedded sample") if data is None else read_voc(data)
+        if download:
+            check_counts(voc, VOC2012)
         facts = {
             "data": f"{voc.name}: {len(voc.train):,} training and {len(voc.val):,} validation images",
             "classes": f"{len(voc.classes)}: {', '.join(voc.classes)}",

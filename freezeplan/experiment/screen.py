@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -111,6 +121,34 @@ class Screen:
                 percent(last.val_top1_error) if last else "",
             )
         return Group(table, self._bar)
+
+
+@contextmanager
+def download_bar(console: Console, name: str, size: int) -> Iterator[Callable[[int], None]]:
+    """Show a download: a bar with bytes, speed and time left on a terminal, one line where there is none.
+
+    Args:
+        console: Where to.
+        name: The file.
+        size: Its bytes.
+
+    Yields:
+        What is to be told the number of bytes that are there.
+    """
+    columns = (BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(compact=True))
+    text = TextColumn("{task.description}", markup=False)
+    told = False
+    with Progress(text, *columns, console=console, expand=True, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name, total=size)
+
+        def progress(done: int) -> None:
+            nonlocal told
+            if not told and not console.is_terminal:
+                console.print(f"downloading {name}, {size:,} bytes ...", soft_wrap=True)
+            told = True
+            bar.update(task, completed=done)
+
+        yield progress
 
 
 def _saving(run: Run) -> str:
