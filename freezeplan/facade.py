@@ -22,6 +22,7 @@ from freezeplan.plan import Plan
 from freezeplan.prefix import Prefix, undisturbed, watch
 from freezeplan.resolution import Resolution
 from freezeplan.resolve import resolve
+from freezeplan.sharded import is_sharded
 
 _ATTRIBUTE = "_freezeplan"
 
@@ -245,6 +246,7 @@ class AppliedPlan:
             ApplyError: If the plan was undone, other code broke it since (see ``check``), a metric is missing, the
                 rates need ``attach`` and it was not called, or the phase changes in several processes without one of
                 the two promises: the gradients of what is thawed would not be synchronised, and nothing would say so.
+                ``fully_shard`` synchronises whatever has a gradient and needs none.
 
         Examples:
             >>> from freezeplan.zoo import create_model
@@ -268,7 +270,11 @@ class AppliedPlan:
         moved = phases.advance(self.plan.phases, self._progress, self._epochs, epoch, metrics or {})
         after = self.resolution.parts[phases.phase_at(self.plan.phases, moved, self._epochs)]
         changed = after is not before
-        if changed and _world_size() > 1 and not (rewrap or find_unused):
+        if (
+            changed
+            and _world_size() > 1
+            and not (rewrap or find_unused or all(map(is_sharded, self.model.parameters())))
+        ):
             raise ApplyError(
                 f"phase {after.phase!r} would begin in {_world_size()} processes: gradients of what it thaws would "
                 "not be synchronised, without an error",
@@ -411,6 +417,9 @@ class AppliedPlan:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state_dict`` was taken: the model is put into that phase.
+
+        With several processes call it before the model is wrapped in DistributedDataParallel, which looks at what has
+        ``requires_grad`` once.
 
         Raises:
             ApplyError: If the state belongs to another plan.

@@ -151,6 +151,15 @@ def sharded_later(rank: int, folder: Path) -> dict[str, Any]:
     return {**found, "loaded": gathered(other)}
 
 
+def sharded_phases(rank: int, folder: Path) -> dict[str, Any]:
+    """No promise is needed: what has a gradient is synchronised."""
+    model = shard(build())
+    live = apply_plan(model, PHASED, lr=0.02)
+    live.seal()
+    fit(model, live, rank, 2, lambda: model)
+    return {"weights": gathered(model), "verified": str(live.verify()), "report": report(live)}
+
+
 def reinitialised(rank: int, folder: Path) -> dict[str, Any]:
     torch.manual_seed(5)
     model = shard(build())
@@ -219,6 +228,7 @@ def test_fully_sharded_is_the_same_as_one_process(tmp_path: Path) -> None:
 
     later = twice(sharded_later, tmp_path)
     check_same(later, PLAN)
+    check_same(twice(sharded_phases, tmp_path), PHASED)
     for one in later:
         assert all(torch.equal(one["loaded"][name], tensor) for name, tensor in found[0]["weights"].items())
 
