@@ -13,6 +13,7 @@ import torch
 from freezeplan import Plan, load_plan
 from freezeplan.errors import PlanError, did_you_mean
 from freezeplan.experiment.checkpoint import Checkpoints
+from freezeplan.experiment.processes import Processes
 from freezeplan.experiment.train import Progress, Run, Settings, train_arm
 from freezeplan.experiment.voc import VocData, load_split
 from freezeplan.experiment.weights import build
@@ -92,6 +93,7 @@ def run(
     seeds: Sequence[int],
     watch: Watch,
     checkpoints: Checkpoints | None = None,
+    processes: Processes = Processes(),  # noqa: B008  # frozen
 ) -> Outcome:
     """Train every arm with every seed and measure it.
 
@@ -109,6 +111,7 @@ def run(
         seeds: Each decides the head, ``reinit``, the order of images, and dropout.
         watch: Is told of every step, epoch and arm.
         checkpoints: Where states are kept, and found again; None: nowhere.
+        processes: Those that share each batch; all of them call this.
 
     Returns:
         Plans and figures.
@@ -147,6 +150,7 @@ def run(
                     seed=seed,
                     progress=watch,
                     checkpoint=checkpoints.of(arm, seed) if checkpoints is not None else None,
+                    processes=processes,
                 )
                 runs[arm].append(trained)
                 watch.finished(arm, trained)

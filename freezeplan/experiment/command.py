@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 
 from freezeplan import render
 from freezeplan.errors import FreezePlanError, MissingExtraError
@@ -20,6 +21,7 @@ from freezeplan.experiment.arms import ARMS, load_arms, run
 from freezeplan.experiment.checkpoint import open_checkpoints
 from freezeplan.experiment.download import VOC2012, check_counts, default_folder
 from freezeplan.experiment.download import download as fetch
+from freezeplan.experiment.processes import beside, join
 from freezeplan.experiment.results import FILES, check_free, finished, summarise, write_results
 from freezeplan.experiment.sample import BATCH_SIZE, EPOCHS, weights_path, write_sample
 from freezeplan.experiment.screen import Screen, download_bar, print_results, print_settings
@@ -47,8 +49,8 @@ def default_settings(model: str, *, sample: bool) -> Settings:
         image_size=default_image_size(model),
         optimizer="rmsprop-tf1" if model in LECTURE else "rmsprop",
         device="cuda" if torch.cuda.is_available() else "cpu",
-        threads=1 if sample else _cores(),
-        workers=_cores(),
+        threads=1 if sample else max(1, _cores() // beside()),
+        workers=max(1, _cores() // beside()),
     )
 
 
@@ -84,6 +86,9 @@ def voc_vgg16(
 
     Settings and figures go to stdout, progress to stderr. Nothing is trained before the output folder, the arms, the
     data set's lists and annotations, the model and its weights have been checked.
+
+    Under ``torchrun`` the processes share each batch and the work of computing features, on one machine or on several
+    with a common folder for ``out``; the first one prints and writes.
 
     Args:
         data: A VOCdevkit folder, its VOC2012 folder, or a tar of either. None: the embedded sample.
@@ -134,16 +139,19 @@ def voc_vgg16(
             "--resume goes on with the run in --out, which has to be given, and overwrites nothing",
             notes=["freezeplan run voc_vgg16 --resume --out DIR"],
         )
-    out = out or RUNS / time.strftime("voc_vgg16-%Y%m%d-%H%M%S")
-    if resume and finished(out):
-        render.stdout().print(f"{out}: finished already", soft_wrap=True)
+    processes = join(cuda=device == "cuda" or (device == "auto" and torch.cuda.is_available()))
+    out = processes.agreed(out or RUNS / time.strftime("voc_vgg16-%Y%m%d-%H%M%S"))
+    stdout, stderr = (render.stdout(), render.stderr()) if processes.first else (Console(quiet=True),) * 2
+    if processes.agreed(resume and finished(out)):
+        stdout.print(f"{out}: finished already", soft_wrap=True)
         return out
-    check_free(out, overwrite=overwrite or resume)
+    if processes.first:
+        check_free(out, overwrite=overwrite or resume)
     if url and not download:
         notes = ["freezeplan run voc_vgg16 --download --url URL"]
         raise FreezePlanError("--url is a mirror for --download, which is not given", notes=notes)
     if download:
-        with download_bar(render.stderr(), VOC2012.name, VOC2012.size) as progress:
+        with processes.in_turn(), download_bar(stderr, VOC2012.name, VOC2012.size) as progress:
             data = fetch(VOC2012, data or default_folder(), url=url, progress=progress)
     sample = data is None
     model = model or (SAMPLE_MODEL if sample else MODEL)
@@ -169,7 +177,6 @@ def voc_vgg16(
     given = {name: value for name, value in options.items() if value is not None}
     settings = replace(default_settings(model, sample=sample), **given)
     seeds = list(dict.fromkeys(seed or [0]))
-    stdout, stderr = render.stdout(), render.stderr()
     with TemporaryDirectory() as temporary:
         voc = read_voc(write_sample(Path(temporary)), name="embedded sample") if data is None else read_voc(data)
         if download:
@@ -181,16 +188,22 @@ def voc_vgg16(
             "arms": ", ".join(plans),
             "seeds": ", ".join(map(str, seeds)),
         }
+        if processes.count > 1:
+            facts["processes"] = f"{processes.count}, each with its share of a batch"
         decisive = {name: value for name, value in asdict(settings).items() if name not in ("workers", "skip_bad")}
-        checkpoints = open_checkpoints(
-            out, {**facts, **decisive}, resume=resume, overwrite=overwrite,
-            warn=lambda text: stderr.print(text, soft_wrap=True),
-        )  # fmt: skip
+        with processes.in_turn():
+            checkpoints = open_checkpoints(
+                out, {**facts, **decisive}, resume=resume or not processes.first, overwrite=overwrite,
+                warn=lambda text: stderr.print(text, soft_wrap=True),
+            )  # fmt: skip
         print_settings(stdout, facts, settings, frozenset(given), sample=sample)
         with Screen(stderr, settings.epochs) as screen:
             outcome = run(
-                voc, plans, settings, model=model, weights=weights, seeds=seeds, watch=screen, checkpoints=checkpoints
-            )
+                voc, plans, settings, model=model, weights=weights, seeds=seeds, watch=screen, checkpoints=checkpoints,
+                processes=processes,
+            )  # fmt: skip
+    if not processes.first:
+        return out
     title = weights_title(model, weights)
     results = summarise(outcome, voc, settings, model=model, weights=title, sample=sample)
     print_results(stdout, results)

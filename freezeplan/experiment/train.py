@@ -19,6 +19,7 @@ from freezeplan import Plan, apply_plan
 from freezeplan.errors import ModelError
 from freezeplan.experiment.checkpoint import Checkpoint
 from freezeplan.experiment.feed import feed
+from freezeplan.experiment.processes import Processes
 from freezeplan.experiment.voc import LabelRule, Split
 
 OptimizerName = Literal["rmsprop-tf1", "rmsprop"]
@@ -128,6 +129,7 @@ def train_arm(
     seed: int,
     progress: Progress,
     checkpoint: Checkpoint | None = None,
+    processes: Processes = Processes(),  # noqa: B008  # frozen
 ) -> Run:
     """Train one arm and measure it.
 
@@ -146,6 +148,9 @@ def train_arm(
         progress: Is told of every step and epoch.
         checkpoint: Where the state after each epoch is kept, and found again: on the CPU a run that was stopped at
             any moment and goes on gives the same bits as one that was not.
+        processes: Those that share each batch. Their gradients are summed, so a model without batch norm learns what
+            one process would teach it, up to the order of summation; statistics of batch norm are of each process's
+            share, and averaged before validation.
 
     Returns:
         The arm's figures.
@@ -153,12 +158,13 @@ def train_arm(
     Raises:
         PlanError: If the plan does not fit the model.
         ModelError: If the model cannot be trained on batches of this size: too large for the device's memory, or a
-            single image where a norm layer needs several.
+            single image where a norm layer needs several, or fewer images than processes.
     """
     saved = checkpoint.load() if checkpoint is not None else None
     if saved is not None and "run" in saved:
         return _run_again(saved["run"])
     train, val = data
+    _check_shares(data, settings, processes)
     device = train.images.device
     model.to(memory_format=torch.channels_last)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _numbers(settings, device):
@@ -189,29 +195,38 @@ def train_arm(
         for number in range(len(epochs) + 1, settings.epochs + 1):
             started = time.perf_counter()
             module.train()
+            if not processes.first:  # dropout of its own, also after a resumption
+                torch.manual_seed(1_000_003 * seed + 1_009 * number + processes.rank)
             total = torch.zeros((), device=device)
             for rows in batches(len(train.labels), settings.batch_size, order):
+                mine = processes.share(rows)
                 with _explained(settings):
-                    loss = F.cross_entropy(module(fed.train(rows)), train.labels[rows.to(device)])
+                    loss = F.cross_entropy(module(fed.train(mine)), train.labels[mine.to(device)])
+                    loss = loss * (len(mine) / len(rows))
                     optimizer.zero_grad()
                     loss.backward()  # type: ignore[no-untyped-call]
+                loss = loss.detach()
+                processes.sum([*(p.grad for p in trainable if p.grad is not None), loss])
                 if settings.clip is not None:
                     nn.utils.clip_grad_norm_(trainable, settings.clip)
                 step()
                 schedule.step()
-                total += loss.detach() * len(rows)
-                progress.batch(len(rows), loss.detach())
+                total += loss * len(rows)
+                progress.batch(len(rows), loss)
             train_loss = float(total) / len(train.labels)
             trained = time.perf_counter()
-            logits = predict(module, fed.val, len(val.labels), settings.batch_size)
+            _average_statistics(module, processes)
+            logits = predict(module, fed.val, len(val.labels), settings.batch_size, processes)
             error = _fraction(logits.argmax(1) != val.labels)
             epochs.append(Epoch(number, train_loss, error, trained - started, time.perf_counter() - trained))
-            if checkpoint is not None:
+            if checkpoint is not None and processes.first:
                 checkpoint.save(parts.state(epochs))
             progress.epoch(epochs[-1])
         if logits is None:  # stopped after the last epoch
-            logits = predict(module, fed.val, len(val.labels), settings.batch_size)
-        answers = predict(module, fed.train, len(train.labels), settings.batch_size)
+            logits = predict(module, fed.val, len(val.labels), settings.batch_size, processes)
+        answers = predict(module, fed.train, len(train.labels), settings.batch_size, processes)
+    computed = torch.tensor([fed.computed], device=device)
+    processes.sum([computed])
     train_error = _fraction(answers.argmax(1) != train.labels)
     run = Run(
         seed=seed,
@@ -221,10 +236,10 @@ def train_arm(
         learned=math.isfinite(epochs[-1].train_loss) and train_error < commonest_error(train.labels),
         seconds=feeding + sum(epoch.train_seconds + epoch.eval_seconds for epoch in epochs),
         features=len(train.labels) + len(val.labels) if fed.kept else 0,
-        features_computed=fed.computed,
+        features_computed=int(computed),
         features_seconds=fed.seconds,
     )
-    if checkpoint is not None:
+    if checkpoint is not None and processes.first:
         checkpoint.save({"run": asdict(run)})
     return run
 
@@ -297,7 +312,13 @@ def batches(count: int, size: int, order: torch.Generator) -> tuple[Tensor, ...]
     return torch.randperm(count, generator=order).tensor_split(math.ceil(count / size))
 
 
-def predict(module: nn.Module, give: Callable[[Tensor], Tensor], count: int, batch_size: int) -> Tensor:
+def predict(
+    module: nn.Module,
+    give: Callable[[Tensor], Tensor],
+    count: int,
+    batch_size: int,
+    processes: Processes = Processes(),  # noqa: B008  # frozen
+) -> Tensor:
     """Return a model's answers to every row of a split, in eval mode, without gradients.
 
     The model is left in eval mode. What is not a number becomes zero: a model that blew up names one class.
@@ -307,14 +328,19 @@ def predict(module: nn.Module, give: Callable[[Tensor], Tensor], count: int, bat
         give: Rows to what the model gets for them.
         count: Number of rows.
         batch_size: Rows a pass.
+        processes: Those that share the rows; each gets all answers.
 
     Returns:
         float32 logits, (N, classes), on the device of the images.
     """
     module.eval()
+    mine = processes.share(torch.arange(count))
     with torch.no_grad():
-        logits = [module(give(rows)).float() for rows in torch.split(torch.arange(count), batch_size)]
-    return torch.cat(logits).nan_to_num(nan=0.0)
+        found = torch.cat([module(give(rows)).float() for rows in torch.split(mine, batch_size)]).nan_to_num(nan=0.0)
+    logits = found.new_zeros(count, found.shape[1])
+    logits[mine.to(found.device)] = found
+    processes.sum([logits])
+    return logits
 
 
 def measure(logits: Tensor, split: Split) -> Measured:
@@ -369,6 +395,27 @@ def _average_precision(scores: Tensor, present: Tensor) -> tuple[float | None, .
 
 def _fraction(wrong: Tensor) -> float:
     return int(wrong.sum()) / len(wrong)
+
+
+def _check_shares(data: tuple[Split, Split], settings: Settings, processes: Processes) -> None:
+    train, val = (len(split.labels) for split in data)
+    smallest = min(train // math.ceil(train / settings.batch_size), val)
+    if smallest < processes.count:
+        raise ModelError(
+            f"{processes.count} processes share batches of {smallest} images",
+            notes=[f"--batch-size {processes.count} or more, or fewer processes"],
+        )
+
+
+def _average_statistics(module: nn.Module, processes: Processes) -> None:
+    if processes.count == 1:
+        return
+    parts = [part for part in module.modules() if part.training]
+    moving = {id(b): b for part in parts for b in part.buffers(recurse=False) if b.is_floating_point()}
+    if moving:
+        processes.sum(list(moving.values()))
+        for buffer in moving.values():
+            buffer.div_(processes.count)
 
 
 def _numbers(settings: Settings, device: torch.device) -> torch.autocast:
