@@ -1,41 +1,65 @@
-"""How much faster is a training step when only the classifier learns? Ratios, all sides measured in one run.
+"""A training step of a model of which only the classifier learns, frozen in the ways that people freeze.
 
-``python benchmarks/step.py`` times one step (forward, backward, optimizer) of a timm model three ways, in turns:
+``python benchmarks/step.py --model resnet50`` times one step (forward, backward, SGD), all ways in turns:
 
-- ``full``: everything learns (preset ``full``);
-- ``optimizer only``: the usual shortcut, only the classifier is given to the optimizer, nothing else is changed;
-- ``plan``: ``apply_plan(model, "linear_probe")``.
-
-It prints each way's speed relative to ``full``: the ratio of the fastest steps, and the median of the ratios of the
-rounds. Absolute times are printed for context only; they depend on the machine and on what else it does.
+- ``everything trained``: preset ``full``;
+- ``head in the optimizer``: the usual shortcut; nothing else is changed, so all gradients are computed;
+- ``requires_grad=False``: by a loop over ``named_parameters()``; batch norm and dropout stay in train;
+- ``timm.utils.freeze``: with its frozen batch norm;
+- ``Lightning's freeze``: ``BaseFinetuning.freeze``, which ``BackboneFinetuning`` calls;
+- ``plan``: ``apply_plan(model, "linear_probe")``;
+- ``plan, kept features``: on ``applied.cached``, from the second epoch on.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import timm
+import timm.utils
 import torch
+from lightning.pytorch.callbacks import BaseFinetuning
+from timing import alternate, show
+from torch import nn
+from torch.utils.data import TensorDataset
 
-from freezeplan import apply_plan
+from freezeplan import applied, apply_plan
 
 
-def make_step(name: str, way: str, batch: int, size: int) -> Callable[[], None]:
+def frozen_by(way: str, model: nn.Module) -> Iterable[nn.Parameter]:
+    """Freeze a model in one way; return what goes into the optimizer."""
+    head = list(model.get_classifier().parameters())
+    body = [part for part in model.children() if part is not model.get_classifier()]
+    if way == "everything trained":
+        return apply_plan(model, "full", lr=1e-3).trainable_parameters()
+    if way.startswith("plan"):
+        return apply_plan(model, "linear_probe", lr=1e-3).trainable_parameters()
+    if way == "requires_grad=False":
+        for parameter in model.parameters():
+            parameter.requires_grad_(any(parameter is own for own in head))
+    elif way == "timm.utils.freeze":
+        timm.utils.freeze(model, [name for name, part in model.named_children() if any(part is own for own in body)])
+    elif way == "Lightning's freeze":
+        BaseFinetuning.freeze(body, train_bn=False)
+    return head
+
+
+def make_step(name: str, way: str, batch: int, size: int, folder: str) -> Callable[[], None]:
     """Return one training step of a fresh model on random images of shape (batch, 3, size, size)."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10).train()
-    images, labels = torch.randn(batch, 3, size, size), torch.randint(0, 10, (batch,))
-    if way == "optimizer only":
-        groups = list(model.get_classifier().parameters())
-    else:
-        groups = apply_plan(model, {"full": "full", "plan": "linear_probe"}[way], lr=1e-3).trainable_parameters()
-    optimizer = torch.optim.SGD(groups, lr=1e-3, momentum=0.9)
+    inputs, labels = torch.randn(batch, 3, size, size), torch.randint(0, 10, (batch,))
+    optimizer = torch.optim.SGD(frozen_by(way, model), lr=1e-3, momentum=0.9)
+    run = model
+    if way == "plan, kept features":
+        features, run = applied(model).cached(TensorDataset(inputs), folder, batch_size=batch)
+        inputs = features.batch(torch.arange(batch))
 
     def step() -> None:
-        loss = torch.nn.functional.cross_entropy(model(images), labels)
+        loss = nn.functional.cross_entropy(run(inputs), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -43,36 +67,32 @@ def make_step(name: str, way: str, batch: int, size: int) -> Callable[[], None]:
     return step
 
 
+WAYS = (
+    "everything trained",
+    "head in the optimizer",
+    "requires_grad=False",
+    "timm.utils.freeze",
+    "Lightning's freeze",
+    "plan",
+    "plan, kept features",
+)
+
+
 def main() -> None:
-    """Time the three ways in turns and print the ratios."""
+    """Time all ways in turns and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--model", default="resnet50")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--image-size", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-
-    ways = ("full", "optimizer only", "plan")
-    steps = {way: make_step(arguments.model, way, arguments.batch_size, arguments.image_size) for way in ways}
-    for step in steps.values():
-        step()
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(arguments.rounds):
-        for way, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[way].append(time.perf_counter() - start)
-
-    size = f"batch {arguments.batch_size}, {arguments.image_size} pixels"
-    print(f"{arguments.model}, {size}, {arguments.threads} thread(s)")
-    print(f"{'':16}{'fastest':>10}{'of fastest':>12}{'median ratio':>14}")
-    for way in ways:
-        ratios = [full / own for full, own in zip(seconds["full"], seconds[way], strict=True)]
-        fastest = min(seconds[way])
-        ratio = min(seconds["full"]) / fastest
-        print(f"{way:16}{fastest * 1000:8.1f}ms{ratio:11.2f}x{statistics.median(ratios):13.2f}x")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    size, batch = given.image_size, given.batch_size
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {way: make_step(given.model, way, batch, size, folder) for way in WAYS}
+        seconds = alternate(steps, given.rounds)
+    title = f"A step: {given.model}, batch {batch}, {size} pixels, {torch.get_num_threads()} threads"
+    show(title, seconds, WAYS[0], given.json)
 
 
 if __name__ == "__main__":

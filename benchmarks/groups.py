@@ -1,0 +1,61 @@
+"""An optimizer's step: the plan's merged groups against one group a parameter, as layer decay is often written.
+
+``python benchmarks/groups.py --model vit_base_patch16_224``. The same rates on both sides (preset ``llrd``, 0.75), for
+AdamW and SGD, each for-loop, foreach and fused.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from timing import alternate, show
+
+from freezeplan import apply_plan
+from freezeplan.zoo import create_model
+
+KINDS = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+OPTIMIZERS = {"AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD}
+
+
+def make_step(name: str, optimizer: str, kind: str, *, merged: bool) -> Callable[[], object]:
+    """Return the step of an optimizer that has gradients."""
+    model = create_model(name, num_classes=10)
+    groups = apply_plan(model, "llrd", lr=1e-5, weight_decay=0.05).param_groups
+    if not merged:
+        keys = ("lr", "weight_decay")
+        groups = [
+            {"params": [parameter], **{key: group[key] for key in keys}}
+            for group in groups
+            for parameter in group["params"]
+        ]
+    more = {"momentum": 0.9} if optimizer == "SGD" else {}
+    made = OPTIMIZERS[optimizer](groups, **more, **KINDS[kind])
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    return made.step
+
+
+def main() -> None:
+    """Time both sides in turns, an optimizer after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_small_patch16_224")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    for optimizer in OPTIMIZERS:
+        ways = {
+            f"{kind}, {'merged' if merged else 'one a parameter'}": make_step(
+                given.model, optimizer, kind, merged=merged
+            )
+            for kind in KINDS
+            for merged in (False, True)
+        }
+        title = f"{optimizer}'s step: {given.model}, llrd, {torch.get_num_threads()} threads"
+        show(title, alternate(ways, given.rounds), "for-loop, one a parameter", given.json)
+
+
+if __name__ == "__main__":
+    main()
