@@ -281,6 +281,27 @@ def presets(as_json: AsJson = False) -> None:
         render.print_presets(found)
 
 
+@app.command("report")
+def merged_report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of finished runs.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page; replaced if it is there.")] = Path("report.html"),
+    data: Annotated[Path | None, typer.Option(help="The runs' data, for a gallery of mistakes.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Merge runs of one experiment, of other arms or seeds, into one page of HTML."""
+    try:
+        from freezeplan.experiment.command import report as merge_runs
+        from freezeplan.experiment.screen import print_results
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "a package", "run") from None
+    merged = merge_runs(folders, out=out, data=data)
+    if as_json:
+        _print_json(merged)
+    else:
+        print_results(render.stdout(), merged)
+        render.stdout().print(f"\nWritten to {out}", soft_wrap=True)
+
+
 @app.command()
 def run(
     experiment: Annotated[Experiment, typer.Argument(metavar="EXPERIMENT", help="voc_vgg16, the only one.")],

@@ -23,15 +23,19 @@ from freezeplan.experiment.voc import VocData
 SETTINGS = Settings(epochs=2, batch_size=8, image_size=16)
 
 
+VAL = tuple((f"JPEGImages/{number}.jpg", number % 2) for number in range(2, 8))
+
+
 def run(seed: int, error: float, *, loss: float = 0.5, learned: bool = True) -> Run:
     epochs = tuple(Epoch(number, loss / number, error, 1.5, 0.5) for number in (1, 2))
-    return Run(seed, epochs, Measured(error, None, error / 2, (0.5, None)), error / 4, learned, 4.0)
+    measured = Measured(error, None, error / 2, (0.5, None))
+    return Run(seed, epochs, measured, error / 4, learned, 4.0, predicted=(0, 1, 1, 0, 1, seed))
 
 
 def results(**changes: Any) -> dict[str, Any]:
     plans = load_arms(ARMS)
     runs = {arm: (run(0, 0.5), run(1, 0.3)) for arm in plans} | changes
-    outcome = Outcome(plans, runs, train_images=10, val_images=6, skipped=("JPEGImages/1.jpg",))
+    outcome = Outcome(plans, runs, train_images=10, val_images=6, skipped=("JPEGImages/1.jpg",), val=VAL)
     data = VocData("toy", ("cat", "dog"), (), (), None)  # type: ignore[arg-type]
     return summarise(outcome, data, SETTINGS, model="vgg16", weights="random", sample=False)
 
@@ -39,7 +43,7 @@ def results(**changes: Any) -> dict[str, Any]:
 def test_results_have_the_agreed_shape() -> None:
     found = results()
 
-    assert found.keys() == {"freezeplan", "data", "model", "weights", "label", "settings", "published", "arms"}
+    assert found.keys() == {"versions", "val", "data", "model", "weights", "label", "settings", "published", "arms"}
     assert found["data"] == {
         "name": "toy",
         "train": 10,
@@ -67,6 +71,7 @@ def test_results_have_the_agreed_shape() -> None:
         "learned": True,
         "mean_average_precision": 0.5,
         "average_precision": {"cat": 0.5, "dog": None},
+        "predicted": [0, 1, 1, 0, 1, 0],
         "seconds": 4.0,
         "epochs": [
             {"epoch": 1, "train_loss": 0.5, "val_top1_error": 0.5, "train_seconds": 1.5, "eval_seconds": 0.5},

@@ -43,7 +43,7 @@ def test_a_run_prints_its_figures_and_writes_them(
 
     printed = capsys.readouterr()
     found = json.loads((out / "results.json").read_text())
-    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in out.iterdir()) == sorted((*FILES, "report.html"))
     assert list(found["arms"]) == list(ARMS)
     assert found["settings"]["epochs"] == 1
     assert (found["data"]["name"], found["data"]["sample"], found["label"]) == ("VOCdevkit", False, "largest")
@@ -51,7 +51,7 @@ def test_a_run_prints_its_figures_and_writes_them(
     assert "optimizer   rmsprop  (default)" in printed.out
     assert "image-size  16" in [line.rstrip() for line in printed.out.splitlines()]
     assert "19.1" in printed.out
-    assert "mean of 2 seeds" in printed.out
+    assert "mean ± standard deviation of 2 seeds" in " ".join(printed.out.split())
     assert f"Written to {out}" in printed.out
     assert "EMBEDDED SAMPLE" not in printed.out
     assert [line.split(":")[0] for line in printed.err.splitlines()] == [

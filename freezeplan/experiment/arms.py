@@ -64,6 +64,8 @@ class Outcome:
     val_images: int
     skipped: tuple[str, ...]
     """Images left out because they do not decode."""
+    val: tuple[tuple[str, int], ...] = ()
+    """File and label of each validation image."""
 
 
 def load_arms(names: Sequence[str]) -> Mapping[str, Plan]:
@@ -163,4 +165,11 @@ def run(
         train_images=len(splits[0].labels),
         val_images=len(splits[1].labels),
         skipped=splits[0].skipped + splits[1].skipped,
+        val=tuple(
+            zip(
+                (photo.file for photo in data.val if photo.file not in splits[1].skipped),
+                splits[1].labels.tolist(),
+                strict=True,
+            )
+        ),
     )

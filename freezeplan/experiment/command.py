@@ -22,9 +22,11 @@ from freezeplan.experiment.checkpoint import open_checkpoints
 from freezeplan.experiment.download import VOC2012, check_counts, default_folder
 from freezeplan.experiment.download import download as fetch
 from freezeplan.experiment.processes import beside, join
+from freezeplan.experiment.report import NAME, gallery, read_results, to_html, write_report
 from freezeplan.experiment.results import FILES, check_free, finished, summarise, write_results
 from freezeplan.experiment.sample import BATCH_SIZE, EPOCHS, weights_path, write_sample
 from freezeplan.experiment.screen import Screen, download_bar, print_results, print_settings
+from freezeplan.experiment.statistics import merge
 from freezeplan.experiment.train import OptimizerName, Settings
 from freezeplan.experiment.voc import LabelRule, read_voc
 from freezeplan.experiment.weights import LECTURE, default_image_size, weights_title
@@ -125,12 +127,12 @@ def voc_vgg16(
         amp: ``bf16``: autocast, faster where the processor has it and less exact. None: float32.
 
     Returns:
-        The folder with ``results.json``, ``results.csv`` and ``curves.png``.
+        The folder with ``results.json``, ``results.csv``, ``curves.png`` and ``report.html``.
 
     Raises:
         FreezePlanError: One of its kinds for anything that was given and is missing, damaged or does not fit.
     """
-    for package in ("matplotlib", "torchmetrics"):
+    for package in ("matplotlib", "torchmetrics", "jinja2"):
         if find_spec(package) is None:
             raise MissingExtraError(package, "run")
     plans = load_arms(arm or ARMS)
@@ -202,10 +204,11 @@ def voc_vgg16(
                 voc, plans, settings, model=model, weights=weights, seeds=seeds, watch=screen, checkpoints=checkpoints,
                 processes=processes,
             )  # fmt: skip
-    if not processes.first:
-        return out
-    title = weights_title(model, weights)
-    results = summarise(outcome, voc, settings, model=model, weights=title, sample=sample)
+        if not processes.first:
+            return out
+        title = weights_title(model, weights)
+        results = summarise(outcome, voc, settings, model=model, weights=title, sample=sample)
+        photos = gallery(results, voc.files.read)
     print_results(stdout, results)
     if outcome.skipped:
         bad = outcome.skipped
@@ -213,9 +216,34 @@ def voc_vgg16(
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         stderr.print(f"{count} left out: {', '.join(bad[:5])}{more}", soft_wrap=True)
     write_results(out, results)
+    write_report(out / NAME, to_html(results, photos))
     checkpoints.remove()
-    stdout.print(f"\nWritten to {out}: {', '.join(FILES)}", soft_wrap=True)
+    stdout.print(f"\nWritten to {out}: {', '.join((*FILES, NAME))}", soft_wrap=True)
     return out
+
+
+def report(folders: Sequence[Path], *, out: Path, data: Path | None = None) -> dict[str, Any]:
+    """Merge runs of one experiment, of other arms or seeds, and write their page.
+
+    Args:
+        folders: What ``voc_vgg16`` returned: folders with ``results.json``.
+        out: The page, replaced if it is there.
+        data: Where the images of the mistakes are; the embedded sample is drawn anew.
+
+    Returns:
+        The merged results, as in ``results.json``.
+
+    Raises:
+        DataError: If a folder holds no results, two are of different experiments or hold the same arm and seed.
+        OutputError: If the page cannot be written.
+    """
+    merged = merge([(str(folder), read_results(folder)) for folder in folders])
+    with TemporaryDirectory() as temporary:
+        if merged["data"]["sample"]:
+            data = write_sample(Path(temporary))
+        photos = gallery(merged, read_voc(data).files.read) if data is not None else None
+    write_report(out, to_html(merged, photos))
+    return merged
 
 
 def _cores() -> int:

@@ -7,14 +7,18 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping
+import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+import torch
+
 import freezeplan
+from freezeplan import zoo
 from freezeplan.errors import OutputError
 from freezeplan.experiment.arms import PUBLISHED, SOURCE, Outcome
 from freezeplan.experiment.train import Run, Settings
@@ -23,7 +27,14 @@ from freezeplan.experiment.voc import VocData
 FILES = ("results.json", "results.csv", "curves.png")
 ERRORS = ("top1_error", "top5_error", "any_error", "train_error")
 COLUMNS = ("arm", "seed", *ERRORS, "mean_average_precision", "learned", "epochs", "seconds")
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito's, told apart by colour-blind readers too
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#56b4e9",
+    "#e69f00",
+)  # Okabe and Ito's, told apart by colour-blind readers too
 
 
 def summarise(
@@ -44,7 +55,12 @@ def summarise(
         not finite.
     """
     return {
-        "freezeplan": freezeplan.__version__,
+        "versions": {
+            "freezeplan": freezeplan.__version__,
+            "timm": zoo.version(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
         "data": {
             "name": data.name,
             "train": outcome.train_images,
@@ -53,13 +69,17 @@ def summarise(
             "sample": sample,
             "skipped": list(outcome.skipped),
         },
+        "val": {"files": [file for file, _ in outcome.val], "labels": [label for _, label in outcome.val]},
         "model": model,
         "weights": weights,
         "label": settings.label,
         "settings": asdict(settings),
         "published": {"source": SOURCE, **{arm: asdict(PUBLISHED[arm]) for arm in outcome.plans if arm in PUBLISHED}},
         "arms": {
-            arm: _arm(plan.model_dump(mode="json", exclude_defaults=True), outcome.runs[arm], data.classes)
+            arm: arm_of(
+                plan.model_dump(mode="json", exclude_defaults=True),
+                [_run(run, data.classes) for run in outcome.runs[arm]],
+            )
             for arm, plan in outcome.plans.items()
         },
     }
@@ -82,6 +102,22 @@ def to_csv(results: Mapping[str, Any]) -> str:
 
 def to_png(results: Mapping[str, Any]) -> bytes:
     """Draw training loss and validation top-1 error over the epochs, one colour an arm, one line a seed."""
+    picture = io.BytesIO()
+    _curves(results).savefig(picture, format="png", dpi=120)
+    return picture.getvalue()
+
+
+def to_svg(results: Mapping[str, Any]) -> bytes:
+    """Draw the same as ``to_png`` as SVG."""
+    import matplotlib
+
+    picture = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "curves"}):
+        _curves(results).savefig(picture, format="svg", metadata={"Date": None})
+    return picture.getvalue()
+
+
+def _curves(results: Mapping[str, Any]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -107,9 +143,7 @@ def to_png(results: Mapping[str, Any]) -> bytes:
     figure.legend(*error.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     kind = "embedded sample, not VOC" if results["data"]["sample"] else results["data"]["name"]
     figure.suptitle(f"{results['model']} on {kind}".replace("$", r"\$"))
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    return picture.getvalue()
+    return figure
 
 
 def finished(out: Path) -> bool:
@@ -166,10 +200,10 @@ def write_results(out: Path, results: Mapping[str, Any]) -> None:
         raise OutputError(f"results cannot be written: {reason}", where=str(out), notes=notes) from error
 
 
-def _arm(plan: dict[str, Any], runs: tuple[Run, ...], classes: tuple[str, ...]) -> dict[str, Any]:
-    found = [_run(run, classes) for run in runs]
-    means = {key: None if found[0][key] is None else fmean(run[key] for run in found) for key in ERRORS}
-    return {"plan": plan, **means, "learned": all(run["learned"] for run in found), "runs": found}
+def arm_of(plan: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return an arm as it stands in ``results.json``: its plan, the means of its runs, the runs."""
+    means = {key: None if runs[0][key] is None else fmean(run[key] for run in runs) for key in ERRORS}
+    return {"plan": dict(plan), **means, "learned": all(run["learned"] for run in runs), "runs": list(runs)}
 
 
 def _run(run: Run, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -184,6 +218,7 @@ def _run(run: Run, classes: tuple[str, ...]) -> dict[str, Any]:
         "learned": run.learned,
         "mean_average_precision": fmean(known) if known else None,
         "average_precision": precision,
+        "predicted": list(run.predicted),
         "seconds": run.seconds,
         "epochs": [
             {**asdict(epoch), "train_loss": epoch.train_loss if math.isfinite(epoch.train_loss) else None}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean, stdev
 from types import TracebackType
 from typing import Any
 
@@ -211,13 +212,13 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
         column.style = "cyan"
     for arm, found in results["arms"].items():
         published = PUBLISHED.get(arm)
-        seen = [found[key] for key in ("top1_error", "top5_error", "any_error", "train_error")]
+        seen = [found[key] for key in ("top5_error", "any_error", "train_error")]
         theirs = [published.top1_error, published.top5_error] if published else [None, None]
         mark = Text() if found["learned"] else Text(f"\n{NOT_LEARNED}", "yellow")
-        table.add_row(Text(arm) + mark, *map(percent, seen + theirs))
+        table.add_row(Text(arm) + mark, _top1(found["runs"]), *map(percent, seen + theirs))
     seeds = len(next(iter(results["arms"].values()))["runs"])
     kind = "the embedded sample" if results["data"]["sample"] else results["data"]["name"]
-    mean = f", mean of {seeds} seeds" if seeds > 1 else ""
+    mean = f", mean ± standard deviation of {seeds} seeds" if seeds > 1 else ""
     console.print(Text(f"Error in % of {results['model']} on {kind}{mean}", "bold"))
     console.print(table)
     label = "the class of the " + ("largest box" if results["label"] == "largest" else "first object")
@@ -232,6 +233,11 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
         if not found["learned"]:
             reason = "its training error is no better than that of naming the commonest class"
             console.print(Text(f"{arm} {NOT_LEARNED}: {reason}", "yellow"))
+
+
+def _top1(runs: Sequence[Mapping[str, Any]]) -> str:
+    errors = [run["top1_error"] for run in runs]
+    return percent(fmean(errors)) + (f" ± {100 * stdev(errors):.1f}" if len(errors) > 1 else "")
 
 
 def percent(fraction: float | None) -> str:

@@ -105,6 +105,8 @@ class Run:
     """How many of those features were computed for this run and not found on disk."""
     features_seconds: float = 0.0
     """That this took."""
+    predicted: tuple[int, ...] = ()
+    """Index of the class that each validation image was taken for, after the last epoch."""
 
 
 class Progress(Protocol):
@@ -238,6 +240,7 @@ def train_arm(
         features=len(train.labels) + len(val.labels) if fed.kept else 0,
         features_computed=int(computed),
         features_seconds=fed.seconds,
+        predicted=tuple(logits.argmax(1).tolist()),
     )
     if checkpoint is not None and processes.first:
         checkpoint.save({"run": asdict(run)})
@@ -275,7 +278,8 @@ class _Parts:
 
 def _run_again(found: dict[str, Any]) -> Run:
     epochs = tuple(Epoch(**epoch) for epoch in found["epochs"])
-    return Run(**{**found, "epochs": epochs, "val": Measured(**found["val"])})
+    val, predicted = Measured(**found["val"]), tuple(found["predicted"])
+    return Run(**{**found, "epochs": epochs, "val": val, "predicted": predicted})
 
 
 def make_optimizer(name: OptimizerName, groups: list[dict[str, Any]], *, lr: float) -> torch.optim.Optimizer:
