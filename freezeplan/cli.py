@@ -24,6 +24,7 @@ from freezeplan.load import load_plan, load_presets
 from freezeplan.plan import Plan
 from freezeplan.resolution import Resolution
 from freezeplan.resolve import resolve
+from freezeplan.settings_file import use_settings
 
 app = typer.Typer(
     help="Declarative layer freezing for timm: a plan says what is frozen and what learns how fast.",
@@ -331,6 +332,9 @@ def run(
         list[str] | None,
         typer.Option(help="scratch, frozen_convs, low_conv_lr or same_lr; repeatable.", show_default="all four"),
     ] = None,
+    plan: Annotated[
+        list[str] | None, typer.Option(metavar="PLAN", help="A plan file or preset as one more arm; repeatable.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, show_default=EPOCHS)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images.", show_default=BATCH_SIZE)] = None,
     image_size: Annotated[
@@ -376,9 +380,18 @@ def run(
         bool, typer.Option("--compile", help="Use torch.compile: pays where an epoch takes minutes.")
     ] = False,
     amp: Annotated[Literal["bf16"] | None, typer.Option(help="Autocast to bfloat16.", show_default="float32")] = None,
+    settings: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="These options from a file (.yaml, .toml, .json); what is typed wins.",
+            callback=use_settings,
+            is_eager=True,
+        ),
+    ] = None,
 ) -> None:
     """Train the four arms of the experiment and print their errors beside the published ones."""
-    del experiment
+    del experiment, settings
     try:
         from freezeplan.experiment.command import voc_vgg16
     except ModuleNotFoundError as error:
@@ -390,6 +403,7 @@ def run(
         model=model,
         weights=weights,
         arm=arm,
+        plan=plan,
         epochs=epochs,
         batch_size=batch_size,
         image_size=image_size,

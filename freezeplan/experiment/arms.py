@@ -68,11 +68,15 @@ class Outcome:
     """File and label of each validation image."""
 
 
-def load_arms(names: Sequence[str]) -> Mapping[str, Plan]:
+def load_arms(names: Sequence[str], more: Sequence[str | Path] = ()) -> Mapping[str, Plan]:
     """Load the plans of arms.
 
+    Args:
+        names: Of the experiment's own arms.
+        more: Plan files or presets, each an arm that is called like the file.
+
     Raises:
-        PlanError: If there is no such arm.
+        PlanError: If there is no such arm, a plan cannot be loaded or has phases, or two arms have one name.
 
     Examples:
         >>> load_arms(["frozen_convs"])["frozen_convs"].name
@@ -82,7 +86,19 @@ def load_arms(names: Sequence[str]) -> Mapping[str, Plan]:
     if unknown is not None:
         notes = [*did_you_mean(unknown, ARMS), f"the arms are {', '.join(ARMS)}"]
         raise PlanError(f"no arm is called {unknown!r}", notes=notes)
-    return {name: load_plan(f"voc_vgg16/{name}") for name in names}
+    plans = {name: load_plan(f"voc_vgg16/{name}") for name in names}
+    for given in more:
+        plan, name = load_plan(given), Path(given).stem
+        if name in plans:
+            raise PlanError(
+                f"two arms would be called {name!r}", where=str(given), notes=["give the file another name"]
+            )
+        if plan.phases:
+            raise PlanError(
+                "has phases; an arm is trained by one set of rules from its first epoch to its last", where=str(given)
+            )
+        plans[name] = plan
+    return plans
 
 
 def run(

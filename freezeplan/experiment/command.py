@@ -64,6 +64,7 @@ def voc_vgg16(
     model: str | None = None,
     weights: str | None = None,
     arm: Sequence[str] | None = None,
+    plan: Sequence[str | Path] | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
     image_size: int | None = None,
@@ -101,6 +102,7 @@ def voc_vgg16(
         weights: A safetensors file, a checkpoint, the lecture's ``vgg16.npy``, or ``random``.
             None: timm's pretrained weights; of the sample those that come with it.
         arm: Which of ``arms.ARMS``, in this order. None: all four, in the lecture's order.
+        plan: Plan files or presets, each one more arm, called like the file.
         epochs: None: 20, which is a choice, as the lecture does not say; of the sample 25, its recipe's.
         batch_size: None: 32, which is a choice too; of the sample 16, its recipe's.
         image_size: Side in pixels. None: the size that the model was trained on (224 for ``vgg16``, as in the lecture).
@@ -135,7 +137,7 @@ def voc_vgg16(
     for package in ("matplotlib", "torchmetrics", "jinja2"):
         if find_spec(package) is None:
             raise MissingExtraError(package, "run")
-    plans = load_arms(arm or ARMS)
+    plans = load_arms(arm or ARMS, plan or ())
     if resume and (out is None or overwrite):
         raise FreezePlanError(
             "--resume goes on with the run in --out, which has to be given, and overwrites nothing",

@@ -9,6 +9,7 @@ import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from PIL import Image
 from freezeplan import zoo
 from freezeplan.errors import DataError, OutputError
 from freezeplan.experiment import statistics
-from freezeplan.experiment.arms import PUBLISHED
+from freezeplan.experiment.arms import ARMS, PUBLISHED
 from freezeplan.experiment.results import COLOURS, to_svg
 from freezeplan.experiment.screen import percent
 from freezeplan.experiment.weights import LECTURE
@@ -69,7 +70,7 @@ def to_html(results: Mapping[str, Any], photos: Mapping[str, Sequence[Mapping[st
         results=results,
         seeds=seeds,
         base=base,
-        colours=dict(zip(arms, COLOURS, strict=False)),
+        colours=dict(zip(arms, cycle(COLOURS), strict=False)),
         published={arm: PUBLISHED[arm] for arm in arms if arm in PUBLISHED},
         errors={
             arm: [statistics.error_spread(results, arm, key) for key in ("top1_error", "top5_error", "any_error")]
@@ -118,7 +119,7 @@ def repeat(results: Mapping[str, Any]) -> str:
     if results["model"] != "vgg16_slim_fc256":
         words += ["--model", results["model"]]
     for arm in results["arms"]:
-        words += ["--arm", arm]
+        words += ["--arm", arm] if arm in ARMS else ["--plan", arm]
     for seed in sorted({run["seed"] for found in results["arms"].values() for run in found["runs"]}):
         words += ["--seed", str(seed)]
     for name in ("epochs", "batch_size", "image_size", "lr", "optimizer", "label", "clip", "warmup", "amp"):

@@ -10,6 +10,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 from tempfile import NamedTemporaryFile
@@ -125,7 +126,7 @@ def _curves(results: Mapping[str, Any]) -> Any:
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     loss, error = figure.subplots(1, 2)
-    for (arm, found), colour in zip(results["arms"].items(), COLOURS, strict=False):
+    for (arm, found), colour in zip(results["arms"].items(), cycle(COLOURS), strict=False):
         label = _legend(arm, found)
         for number, run in enumerate(found["runs"]):
             epochs = [epoch["epoch"] for epoch in run["epochs"]]
