@@ -45,7 +45,7 @@ class Pin:
         module, self.asked = self.module, mode
         type(module).train(module, mode and not self.whole)
         module.training = False
-        for part in module.modules() if self.whole else (module,):
+        for _, part in names.walk(module) if self.whole else (("", module),):
             empty_cache(part)
         return module
 
@@ -117,10 +117,12 @@ def pin(model: nn.Module, resolution: Resolution) -> None:
 
     Each largest subtree that is all in eval gets one pin; a module in eval above others in train gets one for itself.
     """
-    held = {id(m) for name, found in names.modules(model).items() if resolution.modes[name] == "eval" for m in found}
+    modules = names.modules(model)
+    held = {id(m) for name, found in modules.items() if resolution.modes[name] == "eval" for m in found}
     all_held: dict[int, bool] = {}
-    for _, part in reversed(list(names.walk(model))):  # children come before their parents
-        all_held[id(part)] = id(part) in held and all(all_held[id(child)] for child in part.children())
+    for _, part in reversed(names.walk(model)):  # children come before their parents
+        below = (child for child in part._modules.values() if child is not None)
+        all_held[id(part)] = id(part) in held and all(all_held[id(child)] for child in below)
     seen: set[int] = set()
 
     def visit(module: nn.Module) -> None:

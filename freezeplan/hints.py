@@ -63,7 +63,9 @@ def _bare_dots(plan: Plan, model: Description) -> Iterator[str]:
 
 def _containers(plan: Plan, model: Description) -> Iterator[str]:
     for index, rule in enumerate(plan.rules):
-        found = match_types(rule.type or (), model)
+        if not rule.type:
+            continue
+        found = match_types(rule.type, model)
         holders = [m for m in model.modules if m.name in found and m.types[0] in _CONTAINERS]
         if holders:
             tensors = frozenset().union(*(model.below[module.name] for module in holders))

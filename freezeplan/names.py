@@ -9,7 +9,7 @@ tensors. ``module.`` (DDP), ``_orig_mod.`` (compile), ``_fsdp_wrapped_module.``,
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -67,25 +67,32 @@ def _without_wrappers(name: str, own: Collection[str]) -> list[str]:
     ]
 
 
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what ``named_modules(remove_duplicate=False)`` does, in its order, several times as fast.
+def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return what ``named_modules(remove_duplicate=False)`` yields, in its order, several times as fast.
 
     Examples:
         >>> [name for name, _ in walk(nn.Sequential(nn.Sequential(nn.ReLU()), nn.ReLU()))]
         ['', '0', '0.0', '1']
     """
-    ahead = [("", model)]
+    found, ahead = [], [("", model)]
     while ahead:
-        name, module = ahead.pop()
-        yield name, module
-        below = f"{name}." if name else ""
-        ahead += [(below + key, child) for key, child in reversed(module._modules.items()) if child is not None]
+        name, module = place = ahead.pop()
+        found.append(place)
+        if module._modules:
+            below = f"{name}." if name else ""
+            ahead += [(below + key, child) for key, child in reversed(module._modules.items()) if child is not None]
+    return found
 
 
 def called_module(model: nn.Module) -> frozenset[str]:
     """Return the names of the modules that are called ``module`` and stand in no wrapper: they are the model's own."""
-    called = [name for name, _ in walk(model) if name == "module" or name.endswith(".module")]
-    live = dict(walk(model)) if called else {}
+    return called_module_in(walk(model))
+
+
+def called_module_in(walked: Iterable[tuple[str, nn.Module]]) -> frozenset[str]:
+    """Return the same of what ``walk`` returned."""
+    called = [name for name, _ in walked if name == "module" or name.endswith(".module")]
+    live = dict(walked) if called else {}
     return frozenset(name for name in called if type(live[owner(name)]).__name__ not in _WRAPPER_CLASSES)
 
 
@@ -122,15 +129,18 @@ def both(model: nn.Module) -> tuple[dict[str, list[nn.Parameter]], dict[str, lis
         >>> [list(found) for found in both(nn.Sequential(nn.Linear(1, 1)))]
         [['0.weight', '0.bias'], ['', '0']]
     """
-    live = list(walk(model))
-    own = called_module(model) if any(name.endswith("module") for name, _ in live) else frozenset()
+    live = walk(model)
+    own = called_module_in(live)
     found: dict[str, list[nn.Parameter]] = {}
     seen: dict[str, list[nn.Module]] = {}
     for above, module in live:
-        seen.setdefault(canonical_module(above, own), []).append(module)
+        wrapped = _SUSPECT.search(above)
+        seen.setdefault(canonical_module(above, own) if wrapped else above, []).append(module)
+        below = f"{above}." if above else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                found.setdefault(canonical(f"{above}.{name}" if above else name, own), []).append(parameter)
+                whole = canonical(below + name, own) if wrapped else below + name
+                found.setdefault(whole, []).append(parameter)
     return found, seen
 
 

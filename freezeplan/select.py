@@ -25,8 +25,8 @@ class Selection:
     """What a rule selects, in the model's order."""
 
     tensors: tuple[str, ...]
-    modules: tuple[str, ...]
-    """Modules that own no tensor; they matter to a rule with ``mode`` alone."""
+    modules: tuple[str, ...] = ()
+    """Modules that own no tensor, for a rule with ``mode`` alone; others have nothing to say to them."""
 
 
 def select(rule: Rule, model: Description) -> Selection:
@@ -48,27 +48,36 @@ def select(rule: Rule, model: Description) -> Selection:
         >>> select(Rule(match="a.1", frozen=True), toy).tensors
         ('a.1.weight',)
     """
-    tensors: set[str] = {tensor.name for tensor in model.tensors}
-    modules = {module.name for module in model.modules if not model.own.get(module.name)}
+    tensors = {tensor.name for tensor in model.tensors}
     if rule.match:
         tensors &= match_tensors(rule.match, model)
-        modules &= match_modules(rule.match, model)
     if rule.type:
-        of_type = match_types(rule.type, model)
-        tensors &= {name for module in of_type for name in model.below[module]}
-        modules &= {m.name for m in model.modules if any(up in of_type for n in m.names for up in (*prefixes(n), n))}
+        tensors &= {name for module in match_types(rule.type, model) for name in model.below[module]}
     if rule.role:
-        named = frozenset().union(*(model.roles[role] for role in rule.role))
-        tensors &= named
-        modules &= named
+        tensors &= _with_role(rule.role, model)
     if rule.stage:
         wanted = set().union(*(stage_numbers(text, model.last_stage) for text in rule.stage))
         tensors &= {name for name, stage in model.stages.items() if stage in wanted}
+    chosen = tuple(tensor.name for tensor in model.tensors if tensor.name in tensors)
+    return Selection(chosen, _modules(rule, model, tensors) if rule.settings == ("mode",) else ())
+
+
+def _modules(rule: Rule, model: Description, tensors: set[str]) -> tuple[str, ...]:
+    modules = {module.name for module in model.modules if not model.own.get(module.name)}
+    if rule.match:
+        modules &= match_modules(rule.match, model)
+    if rule.type:
+        of_type = match_types(rule.type, model)
+        modules &= {m.name for m in model.modules if any(up in of_type for n in m.names for up in (*prefixes(n), n))}
+    if rule.role:
+        modules &= _with_role(rule.role, model)
+    if rule.stage:
         modules = {name for name in modules if (below := model.below[name]) and below <= tensors}
-    return Selection(
-        tuple(tensor.name for tensor in model.tensors if tensor.name in tensors),
-        tuple(module.name for module in model.modules if module.name in modules),
-    )
+    return tuple(module.name for module in model.modules if module.name in modules)
+
+
+def _with_role(roles: Iterable[str], model: Description) -> frozenset[str]:
+    return frozenset().union(*(model.roles[role] for role in roles))
 
 
 def match_tensors(patterns: Iterable[str], model: Description) -> set[str]:
@@ -125,6 +134,8 @@ def _matching(patterns: Iterable[str], named: Iterable[tuple[str, tuple[str, ...
     named = list(named)
     found: set[str] = set()
     for pattern in patterns:
+        if pattern == ".*":
+            return {first for first, _ in named}
         regex, whole_only = Pattern(pattern), bool(_LOOKAROUND.search(pattern))
         seen: dict[str, bool] = {}
 

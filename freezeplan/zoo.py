@@ -105,6 +105,8 @@ def describe(model: nn.Module) -> Description:
         40
     """
     model = names.unwrap(model)
+    walked = names.walk(model)
+    own = names.called_module_in(walked)
     found = names.parameters(model)
     by_object: dict[int, list[str]] = {}
     for name, parameters in found.items():
@@ -115,9 +117,9 @@ def describe(model: nn.Module) -> Description:
         Tensor(first, _shape(found[first]), names.owner(first), tuple(rest)) for first, *rest in by_object.values()
     )
     first_name = {id(found[tensor.name][0]): tensor.name for tensor in tensors}
-    modules = tuple(_modules(model))
-    head = _head(model, first_name)
-    norms = frozenset(_norms(model, first_name))
+    modules = tuple(_modules(walked, own))
+    head = _head(model, first_name, dict(walked))
+    norms = frozenset(_norms(walked, own, first_name))
     listed = frozenset(_listed(model, tensors))
     ordered = tuple(tensor.name for tensor in tensors)
     classifier = frozenset() if isinstance(head, str) else head
@@ -212,11 +214,10 @@ def _shape(parameters: list[nn.Parameter]) -> tuple[int, ...]:
     return tuple(max(parameters, key=lambda parameter: parameter.numel()).shape)
 
 
-def _modules(model: nn.Module) -> Iterator[Module]:
-    own = names.called_module(model)
+def _modules(walked: Iterable[tuple[str, nn.Module]], own: frozenset[str]) -> Iterator[Module]:
     live = {  # of a module and the wrappers around it, the innermost comes last and counts
         names.canonical_module(name, own): module
-        for name, module in names.walk(model)
+        for name, module in walked
         if "parametrizations" not in name.split(".")
     }
     by_object: dict[int, list[str]] = {}
@@ -242,6 +243,8 @@ def _types(cls: Any) -> tuple[str, ...]:
 def _random(module: nn.Module) -> str:
     """What a module draws at random in train mode: dropout modules, and classes that call dropout on their own."""
     is_dropout = "Drop" in type(module).__name__
+    if not is_dropout and "drop" not in " ".join(vars(module)):
+        return ""
     rates = {
         key: value
         for key, value in vars(module).items()
@@ -262,13 +265,13 @@ def _draws(cls: Any) -> bool:
         return True
 
 
-def _head(model: nn.Module, first_name: Mapping[int, str]) -> frozenset[str] | str:
+def _head(model: nn.Module, first_name: Mapping[int, str], live: Mapping[str, nn.Module]) -> frozenset[str] | str:
     """The classifier's tensors, by identity; or why there is none."""
     if not hasattr(model, "get_classifier"):
         if is_timm(model):
             return f"{title(model)} is an encoder without a classifier; select with match instead"
         return f"{title(model)} is not a timm model, so its classifier is not known; select it with match"
-    heads = [*_flatten(model.get_classifier()), *_configured(model)]  # type: ignore[operator]
+    heads = [*_flatten(model.get_classifier()), *_configured(model, live)]  # type: ignore[operator]
     found = frozenset(first_name[id(p)] for head in heads for p in head.parameters() if id(p) in first_name)
     if not found:
         return f"the classifier of {title(model)} has no parameters; create the model with num_classes greater than 0"
@@ -283,16 +286,16 @@ def _flatten(classifier: Any) -> Iterator[nn.Module]:
             yield from _flatten(part)
 
 
-def _configured(model: nn.Module) -> Iterator[nn.Module]:
+def _configured(model: nn.Module, live: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
     """The modules that timm's configuration calls classifier: volo's ``aux_head`` is in no ``get_classifier``."""
-    live = dict(model.named_modules())
     yield from (live[name] for name in _entries(model, "classifier") if name in live)
 
 
-def _norms(model: nn.Module, first_name: Mapping[int, str]) -> Iterator[str]:
+def _norms(
+    walked: Iterable[tuple[str, nn.Module]], called_module: frozenset[str], first_name: Mapping[int, str]
+) -> Iterator[str]:
     """Normalisation layers: their class, or a base, is called so, all they own is 1-d, and nothing below owns more."""
-    called_module = names.called_module(model)
-    for name, module in model.named_modules():
+    for name, module in walked:
         if not any(map(_NORM.search, _types(cast(Hashable, type(module))))):
             continue
         own = [parameter for parameter in module._parameters.values() if parameter is not None]
