@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import freezeplan
-from freezeplan import picture, proof_commands, render, report, store
+from freezeplan import completion, picture, proof_commands, render, report, store
 from freezeplan.description import Description
 from freezeplan.difference import compare
 from freezeplan.dump import dump
@@ -34,7 +34,12 @@ app = typer.Typer(
 )
 
 PlanArgument = Annotated[
-    str, typer.Argument(metavar="PLAN", help="A plan file (.yaml, .toml, .json) or a preset's name.")
+    str,
+    typer.Argument(
+        metavar="PLAN",
+        help="A plan file (.yaml, .toml, .json) or a preset's name.",
+        autocompletion=completion.plans,
+    ),
 ]
 ModelHelp = "A timm model name, or package.module:function."
 NumClasses = Annotated[int | None, typer.Option(min=0, help="Number of classes; the model's own if not given.")]
@@ -85,7 +90,7 @@ def _options(
 @app.command()
 def show(
     plan: PlanArgument,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=ModelHelp)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=ModelHelp, autocompletion=completion.models)],
     num_classes: NumClasses = None,
     model_arg: ModelArg = None,
     lr: Annotated[float | None, typer.Option(help="Base learning rate: show each group's effective one.")] = None,
@@ -107,7 +112,9 @@ def show(
 @app.command()
 def check(
     plan: PlanArgument,
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=ModelHelp)] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help=ModelHelp, autocompletion=completion.models)
+    ] = None,
     num_classes: NumClasses = None,
     model_arg: ModelArg = None,
     as_json: AsJson = False,
@@ -132,7 +139,7 @@ def check(
 @app.command()
 def why(
     plan: PlanArgument,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=ModelHelp)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=ModelHelp, autocompletion=completion.models)],
     param: Annotated[str, typer.Argument(metavar="PARAM", help="The full name of a parameter.")],
     num_classes: NumClasses = None,
     model_arg: ModelArg = None,
@@ -152,7 +159,7 @@ def why(
 def diff(
     plan: PlanArgument,
     other: Annotated[str, typer.Argument(metavar="OTHER", help="Another plan.")],
-    model: Annotated[str, typer.Option(metavar="MODEL", help=ModelHelp)],
+    model: Annotated[str, typer.Option(metavar="MODEL", help=ModelHelp, autocompletion=completion.models)],
     num_classes: NumClasses = None,
     model_arg: ModelArg = None,
     as_json: AsJson = False,
@@ -214,7 +221,7 @@ def import_(
 @app.command("forecast")
 def forecast_(
     plan: PlanArgument,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=ModelHelp)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=ModelHelp, autocompletion=completion.models)],
     image_size: Annotated[int, typer.Option(min=1, metavar="PIXELS", help="Side of the images.")] = 224,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 32,
     num_classes: NumClasses = None,

@@ -83,6 +83,18 @@ def _imported(name: str) -> Any:
         raise ModelError(f"cannot import {name!r}: {error}", notes=["expected package.module:function"]) from None
 
 
+def model_names() -> list[str]:
+    """Return the names of timm's models, sorted as timm sorts them.
+
+    Examples:
+        >>> "resnet50" in model_names()
+        True
+    """
+    import timm
+
+    return list(timm.list_models())
+
+
 def is_timm(model: nn.Module) -> bool:
     """Whether the model is one of timm's, by the configuration that timm gives each of its models."""
     return isinstance(getattr(model, "pretrained_cfg", None), Mapping)

@@ -53,7 +53,17 @@ CORE = [
 ]
 """The core, in the order in which it can be read: each module imports only what stands above it."""
 
-ORDER = [*CORE, "importers", "integrations", "experiment", "proof_commands", "settings_file", "cli", "__main__"]
+ORDER = [
+    *CORE,
+    "importers",
+    "integrations",
+    "experiment",
+    "proof_commands",
+    "settings_file",
+    "completion",
+    "cli",
+    "__main__",
+]
 
 ONLY = {"timm": {"zoo"}, "rich": {"render"}, "matplotlib": {"picture"}, "typer": set()}
 """Package -> the modules of the core that may import it."""

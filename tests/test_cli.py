@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from freezeplan.catalogue import shipped
 from freezeplan.cli import main
 from freezeplan.load import load_plan
 from freezeplan.report import as_json
+
+ROOT = Path(__file__).resolve().parents[1]
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -280,3 +283,26 @@ def test_checking_a_file_needs_no_torch():
         "linear_probe: a valid plan with 2 rules\n[]\n",
         "",
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("freezeplan show linear", "linear_probe"),
+        ("freezeplan check voc_vgg16/s", "voc_vgg16/same_lr\nvoc_vgg16/scratch"),
+        ("freezeplan show linear_probe vgg16_", "vgg16_bn"),
+        ("freezeplan why examples/low", "examples/low_conv_lr.yaml"),
+    ],
+)
+def test_a_shell_completes_presets_files_and_models(words, expected):
+    env = {
+        **os.environ,
+        "_FREEZEPLAN_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+        "PYTHONPATH": str(ROOT),
+    }
+    code = "import sys; sys.argv[0] = 'freezeplan'; from freezeplan.cli import app; app(prog_name='freezeplan')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
+
+    assert sorted(done.stdout.split()) == sorted(expected.split())
