@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from freezeplan.description import Description, Module
+from freezeplan.description import Description, Module, prefixes
 from freezeplan.errors import PlanError, Problem, did_you_mean
 from freezeplan.hints import find_hints
 from freezeplan.patterns import SlowPatternError
@@ -212,8 +212,9 @@ def _uses(
 ) -> Iterator[RuleUse]:
     for index, (rule, selection) in enumerate(zip(plan.rules, selections, strict=True)):
         takers: Counter[int] = Counter()
+        deciding = [winners[setting] for setting in rule.settings]
         for name in selection.tensors:
-            owners = [winners[setting][name] for setting in rule.settings]
+            owners = [winner[name] for winner in deciding]
             if index not in owners:
                 takers[owners[0] + 1] += 1
         yield RuleUse(
@@ -346,6 +347,8 @@ def _decided_modes(
     """Module -> the mode that a rule gives it; and the modules for which two rules disagree."""
     modes: dict[str, Mode] = {}
     problems: list[Problem] = []
+    if not tensor_rules and not module_rules:
+        return modes, problems
     for module in model.modules:
         deciding = {tensor_rules[name] for name in model.own[module.name] if name in tensor_rules}
         deciding |= {module_rules[module.name]} if module.name in module_rules else set()
@@ -368,14 +371,28 @@ def _decided_modes(
 def _modes(model: Description, frozen: frozenset[str], decided: Mapping[str, Mode]) -> dict[str, Mode]:
     """Every module's mode while the model trains; see the module rules in the order written here."""
     modes: dict[str, Mode] = {}
+    trained_below: set[str] = set()
+    any_below: set[str] = set()
+    for name, own in model.own.items():
+        if own:
+            above = ("", *prefixes(name), name)
+            any_below.update(above)
+            if not frozen.issuperset(own):
+                trained_below.update(above)
+    for tensor in model.tensors:
+        for alias in tensor.aliases:
+            any_below.update(("", *prefixes(alias)))
+            if tensor.name not in frozen:
+                trained_below.update(("", *prefixes(alias)))
 
     def mode(module: Module) -> Mode:
-        own, below = model.own[module.name], model.below[module.name]
         if module.name in decided:
             return decided[module.name]
-        if not below:
+        if module.name not in any_below:
             return modes.get(module.name.rpartition(".")[0], "train")
-        return "eval" if frozen.issuperset(own or below) else "train"
+        own = model.own[module.name]
+        trains = not frozen.issuperset(own) if own else module.name in trained_below
+        return "train" if trains else "eval"
 
     for module in model.modules:  # parents come before their children
         modes.update(dict.fromkeys(module.names, mode(module)))

@@ -331,8 +331,10 @@ def _no_decay(tensors: Iterable[Tensor], listed: frozenset[str]) -> Iterator[str
 def _listed(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[str]:
     """The tensors that ``no_weight_decay()`` lists, by name or by pattern."""
     patterns: Iterable[str] = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
+    patterns = set(patterns)
+    globs = [pattern for pattern in patterns if any(sign in pattern for sign in "*?[")]
     for tensor in tensors:
-        if any(name == pattern or fnmatch.fnmatch(name, pattern) for pattern in patterns for name in tensor.names):
+        if not patterns.isdisjoint(tensor.names) or any(fnmatch.filter(tensor.names, glob) for glob in globs):
             yield tensor.name
 
 
