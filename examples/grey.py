@@ -2,7 +2,7 @@
 
 ``python examples/grey.py`` trains on drawn stripes. The first convolution's kernels are summed over the channels, as
 timm does under ``create_model(..., pretrained=True, in_chans=1)``, so a grey image gives what it gave in colour. Other
-than for photos, such as in medical images, brightness and contrast are others too: hence the norms learn.
+``python examples/grey.py --data photos.tar --model tf_efficientnet_lite0 --weights lite0.safetensors``.
 """
 
 from __future__ import annotations

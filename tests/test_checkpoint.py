@@ -60,7 +60,8 @@ def test_a_stopped_run_goes_on_to_the_same_figures(whole, tmp_path, monkeypatch,
 
     assert saved == ["frozen_convs-seed0.checkpoint"] * 3 + ["low_conv_lr-seed0.checkpoint"] * 2
     assert figures(tmp_path / "run") == whole
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["curves.png", "results.csv", "results.json"]
+    files = ["curves.png", "report.html", "results.csv", "results.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == files
     capsys.readouterr()
     voc_vgg16(**SMALL, out=tmp_path / "run", resume=True)
     assert capsys.readouterr().out.replace("\n", "") == f"{tmp_path / 'run'}: finished already"

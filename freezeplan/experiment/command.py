@@ -146,7 +146,7 @@ def voc_vgg16(
     processes = join(cuda=device == "cuda" or (device == "auto" and torch.cuda.is_available()))
     out = processes.agreed(out or RUNS / time.strftime("voc_vgg16-%Y%m%d-%H%M%S"))
     stdout, stderr = (render.stdout(), render.stderr()) if processes.first else (Console(quiet=True),) * 2
-    if processes.agreed(resume and finished(out)):
+    if processes.agreed(resume and finished(out) and (out / NAME).exists()):
         stdout.print(f"{out}: finished already", soft_wrap=True)
         return out
     if processes.first:
@@ -217,8 +217,9 @@ def voc_vgg16(
         count = "1 image does not decode and was" if len(bad) == 1 else f"{len(bad)} images do not decode and were"
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         stderr.print(f"{count} left out: {', '.join(bad[:5])}{more}", soft_wrap=True)
+    page = to_html(results, photos)
     write_results(out, results)
-    write_report(out / NAME, to_html(results, photos))
+    write_report(out / NAME, page)
     checkpoints.remove()
     stdout.print(f"\nWritten to {out}: {', '.join((*FILES, NAME))}", soft_wrap=True)
     return out
