@@ -27,8 +27,8 @@ def models(incomplete: str) -> list[str]:
     """Return timm's models whose names begin like this; the import of timm takes some seconds.
 
     Examples:
-        >>> models("vgg16")
-        ['vgg16', 'vgg16_bn']
+        >>> models("vgg16_b")
+        ['vgg16_bn']
     """
     from freezeplan.zoo import model_names
 
