@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Tensor:
+class Tensor(NamedTuple):
     """One parameter; tied weights are one tensor with several names."""
 
     name: str
@@ -35,8 +35,7 @@ class Tensor:
         return (self.name, *self.aliases)
 
 
-@dataclass(frozen=True)
-class Module:
+class Module(NamedTuple):
     """One module, the root included under the empty name."""
 
     name: str

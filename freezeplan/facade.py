@@ -46,7 +46,8 @@ def resolve_plan(plan: PlanLike, model: nn.Module) -> Resolution:
         >>> len(resolution.frozen), sum(row.elements for row in resolution.frozen)
         (26, 14714688)
     """
-    return resolve(load_plan(plan), zoo.describe(model))
+    loaded = load_plan(plan)
+    return resolve(loaded, zoo.describe(model, asked=loaded.asks))
 
 
 def apply_plan(
@@ -107,21 +108,24 @@ def apply_plan(
     if scheduler not in ("torch", "timm", "any"):
         raise ApplyError(f"scheduler is 'torch', 'timm' or 'any', found {scheduler!r}")
     inner = names.unwrap(model)
-    resolution = resolve_plan(plan, inner)
-    live = applied(inner)
-    if live is not None and not replace:
+    loaded, live = load_plan(plan), names.survey(inner)
+    resolution = resolve(loaded, zoo.describe(inner, live=live, asked=loaded.asks))
+    other = applied(inner)
+    if other is not None and not replace:
         raise ApplyError(
-            f"the plan {live.plan.title!r} is live on this model",
+            f"the plan {other.plan.title!r} is live on this model",
             notes=["undo() it first, or apply_plan(..., replace=True)"],
         )
     apply.check_groups(resolution, lr=lr, weight_decay=weight_decay, scheduler=scheduler)
     phases.phase_at(resolution.plan.phases, phases.Progress(), epochs)
     apply.reinitialise(inner, resolution, torch.initial_seed())
-    if live is not None:
-        live.undo()
-    handle = AppliedPlan(inner, resolution, lr=lr, weight_decay=weight_decay, scheduler=scheduler, epochs=epochs)
+    if other is not None:
+        other.undo()
+    handle = AppliedPlan(
+        inner, resolution, apply.remember(live), lr=lr, weight_decay=weight_decay, scheduler=scheduler, epochs=epochs
+    )
     handle._guarded = guard
-    apply.enter(inner, resolution)
+    apply.enter(live, resolution)
     inner.__dict__[_ATTRIBUTE] = handle
     for use in resolution.weak:
         warnings.warn(": ".join(filter(None, (use.where, use.warning))), FreezePlanWarning, stacklevel=2)
@@ -161,6 +165,7 @@ class AppliedPlan:
         self,
         model: nn.Module,
         resolution: Resolution,
+        before: apply.Before,
         *,
         lr: float | None,
         weight_decay: float | None,
@@ -175,7 +180,7 @@ class AppliedPlan:
         self._epochs = epochs
         self._progress = phases.Progress()
         self._multiplier: rates.Multiplier | None = None
-        self._before = apply.remember(model)
+        self._before = before
         self._seal: guards.Seal | None = None
         self._guarded = True
         self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
@@ -290,7 +295,7 @@ class AppliedPlan:
 
     def _enter(self) -> None:
         self._memoised = None
-        apply.enter(self.model, self._part)
+        apply.enter(names.survey(self.model), self._part)
         if self._multiplier is not None:
             self._multiplier.use(self._rates())
 
@@ -619,20 +624,20 @@ class AppliedPlan:
         rest = replay.Rest(self.model, now)
         replay.prove(self.model, rest, now, sample)
         later = self.resolution.parts[phases.phase_at(self.plan.phases, self._progress, self._epochs) + 1 :]
-        found = [(self._part, now)]
+        found, live = [(self._part, now)], names.survey(self.model)
         still = {row.name for row in self._part.frozen}
         try:
             for part in later:
                 still &= {row.name for row in part.frozen}
                 if {row.name for row in part.frozen} != still:
                     break  # what is trained until then and frozen again is not known yet
-                apply.enter(self.model, part)
+                apply.enter(live, part)
                 ahead = self.prefix(sample)
                 if ahead.stored and not ahead.advice:
                     found.append((part, ahead))
         finally:
             if later:
-                apply.enter(self.model, self._part)
+                apply.enter(live, self._part)
         self._memoised = facts, found, rest
         return found, rest
 

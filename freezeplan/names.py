@@ -9,8 +9,8 @@ tensors. ``module.`` (DDP), ``_orig_mod.`` (compile), ``_fsdp_wrapped_module.``,
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -84,13 +84,8 @@ def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def called_module(model: nn.Module) -> frozenset[str]:
-    """Return the names of the modules that are called ``module`` and stand in no wrapper: they are the model's own."""
-    return called_module_in(walk(model))
-
-
-def called_module_in(walked: Iterable[tuple[str, nn.Module]]) -> frozenset[str]:
-    """Return the same of what ``walk`` returned."""
+def called_module(walked: Sequence[tuple[str, nn.Module]]) -> frozenset[str]:
+    """Return the names, of what ``walk`` found, that end in ``module`` and are the model's own, no wrapper's."""
     called = [name for name, _ in walked if name == "module" or name.endswith(".module")]
     live = dict(walked) if called else {}
     return frozenset(name for name in called if type(live[owner(name)]).__name__ not in _WRAPPER_CLASSES)
@@ -106,55 +101,82 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     while True:
         children = dict(model.named_children())
-        wraps = len(children) == 1 and _WRAPPERS.issuperset(children) and called_module(model).isdisjoint(children)
-        if not wraps:
+        if len(children) != 1 or not _WRAPPERS.issuperset(children) or called_module(walk(model)) & children.keys():
             return model
         (model,) = children.values()
 
 
-def parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Return canonical name -> its live parameters: one, or several where a parametrization holds the parts of one.
+class Live(NamedTuple):
+    """The parts of a model by their canonical names, as they were when ``survey`` looked."""
+
+    walked: Sequence[tuple[str, nn.Module]]
+    """What ``walk`` returns: names as torch has them."""
+    parameters: dict[str, list[nn.Parameter]]
+    """Canonical name -> its parameters: one, or several where a parametrization holds the parts of one."""
+    modules: dict[str, list[nn.Module]]
+    """Canonical name -> its modules: one, or several where wrappers stand around it; the root under ``""``."""
+    inner: dict[str, nn.Module]
+    """Canonical name -> the module itself, without wrappers and without what a parametrization adds to it."""
+
+
+def survey(model: nn.Module) -> Live:
+    """Look up all parts of a model in one walk.
 
     Examples:
-        >>> list(parameters(nn.utils.parametrizations.weight_norm(nn.Linear(2, 3))))
-        ['bias', 'weight']
+        >>> live = survey(nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)))
+        >>> list(live.parameters), list(live.modules), len(live.parameters["weight"])
+        (['bias', 'weight'], [''], 2)
     """
-    return both(model)[0]
-
-
-def both(model: nn.Module) -> tuple[dict[str, list[nn.Parameter]], dict[str, list[nn.Module]]]:
-    """Return ``parameters(model)`` and ``modules(model)``, in one walk.
-
-    Examples:
-        >>> [list(found) for found in both(nn.Sequential(nn.Linear(1, 1)))]
-        [['0.weight', '0.bias'], ['', '0']]
-    """
-    live = walk(model)
-    own = called_module_in(live)
-    found: dict[str, list[nn.Parameter]] = {}
-    seen: dict[str, list[nn.Module]] = {}
-    for above, module in live:
+    walked = walk(model)
+    own = called_module(walked)
+    parameters: dict[str, list[nn.Parameter]] = {}
+    modules: dict[str, list[nn.Module]] = {}
+    inner: dict[str, nn.Module] = {}
+    for above, module in walked:
         wrapped = _SUSPECT.search(above)
-        seen.setdefault(canonical_module(above, own) if wrapped else above, []).append(module)
-        below = f"{above}." if above else ""
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                whole = canonical(below + name, own) if wrapped else below + name
-                found.setdefault(whole, []).append(parameter)
-    return found, seen
+        name = canonical_module(above, own) if wrapped else above
+        if name in modules:
+            modules[name].append(module)
+        else:
+            modules[name] = [module]
+        if not wrapped or "parametrizations" not in above.split("."):
+            inner[name] = module  # of a module and the wrappers around it, the innermost comes last
+        if module._parameters:
+            below = f"{above}." if above else ""
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    name = canonical(below + key, own) if wrapped else below + key
+                    parameters.setdefault(name, []).append(parameter)
+    return Live(walked, parameters, modules, inner)
+
+
+def parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Return canonical name -> its live parameters; see ``Live``.
+
+    Examples:
+        >>> list(parameters(nn.Linear(2, 3)))
+        ['weight', 'bias']
+    """
+    return survey(model).parameters
 
 
 def modules(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """Return canonical name -> its live modules: one, or several where wrappers stand around it; root under ``""``."""
-    return both(model)[1]
+    """Return canonical name -> its live modules; see ``Live``.
+
+    Examples:
+        >>> list(modules(nn.Sequential(nn.ReLU())))
+        ['', '0']
+    """
+    return survey(model).modules
 
 
 def buffers(model: nn.Module) -> dict[str, list[Tensor]]:
     """Return canonical name -> its live persistent buffers. Others are derived from the rest and may be rebuilt."""
-    own = called_module(model)
+    walked = walk(model)
+    own = called_module(walked)
     return _grouped(
         (canonical(f"{prefix}.{name}" if prefix else name, own), buffer)
-        for prefix, module in walk(model)
+        for prefix, module in walked
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     )
@@ -167,7 +189,7 @@ def grouped(model: nn.Module, state: Mapping[str, T]) -> dict[str, list[T]]:
         >>> grouped(nn.Linear(2, 2), {"module.weight": 1, "module.bias": 2})
         {'weight': [1], 'bias': [2]}
     """
-    own = called_module(model)
+    own = called_module(walk(model))
     return _grouped((canonical(name, own), value) for name, value in state.items())
 
 

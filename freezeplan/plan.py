@@ -28,6 +28,7 @@ from freezeplan.patterns import objection
 from freezeplan.source import Loc, Source
 
 Role = Literal["head", "stem", "body", "norm", "bias", "pos_embed", "no_weight_decay"]
+ROLES: tuple[Role, ...] = Role.__args__  # type: ignore[attr-defined]
 Mode = Literal["eval", "train"]
 
 _STAGE = re.compile(r"-?\d+|(?:-?\d+)?\.\.(?:-?\d+)?")
@@ -115,7 +116,7 @@ Multiplier = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), Bef
 Frozen = Annotated[Literal[True], BeforeValidator(_check_frozen)]
 
 _string: dict[str, Any] = {"type": "string", "minLength": 1}
-_role: dict[str, Any] = {"type": "string", "enum": list(Role.__args__)}  # type: ignore[attr-defined]
+_role: dict[str, Any] = {"type": "string", "enum": list(ROLES)}
 _patterns, _roles = _one_or_more(_string), _one_or_more(_role)
 _stage: dict[str, Any] = {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": rf"^(?:{_STAGE.pattern})$"}]}
 _stages = (
@@ -371,6 +372,19 @@ class Plan(_Data):
             for r, rule in enumerate(phase.rules)
         ]
         return (*phased, *((("rules", index), rule) for index, rule in enumerate(self.rules)))
+
+    @property
+    def asks(self) -> frozenset[str]:
+        """What the plan asks of a model beyond names and classes: roles, ``stage``, ``layer_decay``.
+
+        Examples:
+            >>> sorted(Plan(version=1, rules=[Rule(role="head", lr_mult=1), Rule(stage="..2", frozen=True)]).asks)
+            ['head', 'stage']
+        """
+        rules = [rule for _, rule in self.placed]
+        found = {str(role) for rule in rules for role in rule.role or ()}
+        found |= {"stage"} if any(rule.stage for rule in rules) else set()
+        return frozenset(found | ({"layer_decay"} if self.layer_decay is not None else set()))
 
     def _part(self, index: int) -> Plan:
         own = self.phases[index].rules

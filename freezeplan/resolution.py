@@ -9,12 +9,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from freezeplan.plan import Mode, Plan
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """What happens to one tensor."""
 
     name: str

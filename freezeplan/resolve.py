@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from freezeplan.description import Description, Module, prefixes
+from freezeplan.description import Description
 from freezeplan.errors import PlanError, Problem, did_you_mean
 from freezeplan.hints import find_hints
 from freezeplan.patterns import SlowPatternError
@@ -371,32 +371,34 @@ def _decided_modes(
 def _modes(model: Description, frozen: frozenset[str], decided: Mapping[str, Mode]) -> dict[str, Mode]:
     """Every module's mode while the model trains; see the module rules in the order written here."""
     modes: dict[str, Mode] = {}
-    trained_below: set[str] = set()
-    any_below: set[str] = set()
-    for name, own in model.own.items():
-        if own:
-            above = ("", *prefixes(name), name)
-            any_below.update(above)
-            if not frozen.issuperset(own):
-                trained_below.update(above)
-    for tensor in model.tensors:
-        for alias in tensor.aliases:
-            any_below.update(("", *prefixes(alias)))
-            if tensor.name not in frozen:
-                trained_below.update(("", *prefixes(alias)))
-
-    def mode(module: Module) -> Mode:
-        if module.name in decided:
-            return decided[module.name]
-        if module.name not in any_below:
-            return modes.get(module.name.rpartition(".")[0], "train")
-        own = model.own[module.name]
-        trains = not frozen.issuperset(own) if own else module.name in trained_below
-        return "train" if trains else "eval"
-
+    any_below, trained_below = _above(model, frozenset()), _above(model, frozen)
     for module in model.modules:  # parents come before their children
-        modes.update(dict.fromkeys(module.names, mode(module)))
+        name = module.name
+        if name in decided:
+            mode = decided[name]
+        elif own := model.own[name]:
+            mode = "eval" if frozen.issuperset(own) else "train"
+        elif name in any_below:
+            mode = "train" if name in trained_below else "eval"
+        else:
+            mode = modes.get(name.rpartition(".")[0], "train")
+        modes[name] = mode
+        for alias in module.aliases:
+            modes[alias] = mode
     return modes
+
+
+def _above(model: Description, frozen: frozenset[str]) -> set[str]:
+    """The modules that own, or stand above, a tensor that is not frozen, under any of its names."""
+    found: set[str] = set()
+    for tensor in model.tensors:
+        if tensor.name not in frozen:
+            for name in tensor.names:
+                above = name.rpartition(".")[0]
+                while above not in found:  # what stands above it is there already
+                    found.add(above)
+                    above = above.rpartition(".")[0]
+    return found
 
 
 def _check_caches(plan: Plan, model: Description, frozen: frozenset[str], modes: Mapping[str, Mode]) -> None:

@@ -12,8 +12,8 @@ import importlib
 import importlib.metadata
 import inspect
 import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,7 @@ from torch import nn
 from freezeplan import names, stages
 from freezeplan.description import Description, Module, Tensor
 from freezeplan.errors import ModelError, did_you_mean
+from freezeplan.plan import ROLES
 
 _BIAS = re.compile(r"(?:\w+_)?bias(?:_[ih]h_l\d+(?:_reverse)?)?")
 _IMPORTABLE = re.compile(r"[\w.]+:\w+")
@@ -100,11 +101,13 @@ def is_timm(model: nn.Module) -> bool:
     return isinstance(getattr(model, "pretrained_cfg", None), Mapping)
 
 
-def describe(model: nn.Module) -> Description:
+def describe(model: nn.Module, *, live: names.Live | None = None, asked: Collection[str] | None = None) -> Description:
     """Write down all that a plan can ask of a model. Changes nothing; works on the meta device.
 
     Args:
         model: Any module; roles that timm knows need a timm model.
+        live: Its parts, if they were looked up already.
+        asked: The roles to find, ``stage`` and ``layer_decay`` for depth; None: all. It saves the time of the others.
 
     Returns:
         Names, shapes, classes, roles. Tied weights are one tensor with several names.
@@ -117,25 +120,31 @@ def describe(model: nn.Module) -> Description:
         40
     """
     model = names.unwrap(model)
-    walked = names.walk(model)
-    own = names.called_module_in(walked)
-    found = names.parameters(model)
+    live = live or names.survey(model)
     by_object: dict[int, list[str]] = {}
-    for name, parameters in found.items():
-        aliases = by_object.setdefault(id(parameters[0]), [])
-        if name not in aliases:
-            aliases.append(name)
+    for name, (parameter, *_) in live.parameters.items():
+        by_object.setdefault(id(parameter), []).append(name)
     tensors = tuple(
-        Tensor(first, _shape(found[first]), names.owner(first), tuple(rest)) for first, *rest in by_object.values()
+        Tensor(first, _shape(live.parameters[first]), names.owner(first), tuple(rest))
+        for first, *rest in by_object.values()
     )
-    first_name = {id(found[tensor.name][0]): tensor.name for tensor in tensors}
-    modules = tuple(_modules(walked, own))
-    head = _head(model, first_name, dict(walked))
-    norms = frozenset(_norms(walked, own, first_name))
+    first_name = {identity: first for identity, (first, *_) in by_object.items()}
+    modules = tuple(_modules(live.inner))
+    head = _head(model, first_name, live.inner)
     listed = frozenset(_listed(model, tensors))
     ordered = tuple(tensor.name for tensor in tensors)
     classifier = frozenset() if isinstance(head, str) else head
-    depth = _depth(model, ordered, modules, classifier)
+    asked = frozenset((*ROLES, "stage", "layer_decay")) if asked is None else frozenset(asked)
+    depth = _depth(model, ordered, modules, classifier) if asked & {"stem", "stage", "layer_decay"} else _Depth()
+    find: dict[str, Callable[[], Iterable[str]]] = {
+        "head": lambda: classifier,
+        "body": lambda: classifier.symmetric_difference(ordered),
+        "norm": lambda: _norms(live.inner, first_name),
+        "bias": lambda: (name for name in ordered if _BIAS.fullmatch(name.rpartition(".")[2])),
+        "no_weight_decay": lambda: listed,
+        "pos_embed": lambda: filter(_POSITION.search, ordered),
+        "stem": lambda: (name for name, stage in depth.stages.items() if stage == 0),
+    }
     unknown: dict[str, str] = {"head": head} if isinstance(head, str) else {}
     if not is_timm(model):
         reason = f"{title(model)} is not a timm model, so its {{}} not known; select with match or type"
@@ -146,15 +155,7 @@ def describe(model: nn.Module) -> Description:
         model=title(model),
         tensors=tensors,
         modules=modules,
-        roles={
-            "norm": norms,
-            "bias": frozenset(t.name for t in tensors if _BIAS.fullmatch(t.name.rpartition(".")[2])),
-            "no_weight_decay": listed,
-            "pos_embed": frozenset(name for name in ordered if _POSITION.search(name)),
-            "stem": frozenset(name for name, stage in depth.stages.items() if stage == 0),
-            "body": frozenset(ordered) - classifier,
-            **({} if isinstance(head, str) else {"head": head}),
-        },
+        roles={role: frozenset(find[role]()) for role in ROLES if role in asked and (classifier or role != "head")},
         unknown=unknown,
         stages=depth.stages,
         exponents=depth.exponents,
@@ -223,27 +224,18 @@ def _first_conv(model: nn.Module) -> str:
 
 def _shape(parameters: list[nn.Parameter]) -> tuple[int, ...]:
     """The shape of one parameter; of a parametrized one, that of its largest part."""
-    return tuple(max(parameters, key=lambda parameter: parameter.numel()).shape)
+    whole = parameters[0] if len(parameters) == 1 else max(parameters, key=lambda parameter: parameter.numel())
+    return tuple(whole.shape)
 
 
-def _modules(walked: Iterable[tuple[str, nn.Module]], own: frozenset[str]) -> Iterator[Module]:
-    live = {  # of a module and the wrappers around it, the innermost comes last and counts
-        names.canonical_module(name, own): module
-        for name, module in walked
-        if "parametrizations" not in name.split(".")
-    }
+def _modules(inner: Mapping[str, nn.Module]) -> Iterator[Module]:
     by_object: dict[int, list[str]] = {}
-    for name, module in live.items():
+    for name, module in inner.items():
         by_object.setdefault(id(module), []).append(name)
     for first, *rest in by_object.values():
-        module = live[first]
-        yield Module(
-            name=first,
-            types=_types(cast(Hashable, type(module))),
-            aliases=tuple(rest),
-            random=_random(module),
-            caches=isinstance(getattr(module, "attention_bias_cache", None), dict),
-        )
+        module = inner[first]
+        types = _types(cast(Hashable, type(module)))
+        yield Module(first, types, tuple(rest), _random(module), "attention_bias_cache" in module.__dict__)
 
 
 @functools.cache
@@ -303,11 +295,9 @@ def _configured(model: nn.Module, live: Mapping[str, nn.Module]) -> Iterator[nn.
     yield from (live[name] for name in _entries(model, "classifier") if name in live)
 
 
-def _norms(
-    walked: Iterable[tuple[str, nn.Module]], called_module: frozenset[str], first_name: Mapping[int, str]
-) -> Iterator[str]:
+def _norms(inner: Mapping[str, nn.Module], first_name: Mapping[int, str]) -> Iterator[str]:
     """Normalisation layers: their class, or a base, is called so, all they own is 1-d, and nothing below owns more."""
-    for name, module in walked:
+    for name, module in inner.items():
         if not any(map(_NORM.search, _types(cast(Hashable, type(module))))):
             continue
         own = [parameter for parameter in module._parameters.values() if parameter is not None]
@@ -318,7 +308,7 @@ def _norms(
         ):
             yield from (first_name[id(parameter)] for parameter in own)
             if not own:
-                yield names.canonical_module(name, called_module)
+                yield name
 
 
 def _no_decay(tensors: Iterable[Tensor], listed: frozenset[str]) -> Iterator[str]:
@@ -340,9 +330,9 @@ def _listed(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Depth:
-    stages: Mapping[str, int]
-    exponents: Mapping[str, int]
-    unplaced: tuple[str, ...]
+    stages: Mapping[str, int] = field(default_factory=dict)
+    exponents: Mapping[str, int] = field(default_factory=dict)
+    unplaced: tuple[str, ...] = ()
 
 
 class _Named:
@@ -371,7 +361,7 @@ def _groups(model: nn.Module, ordered: tuple[str, ...], *, coarse: bool) -> dict
 def _depth(model: nn.Module, ordered: tuple[str, ...], described: tuple[Module, ...], head: frozenset[str]) -> _Depth:
     """Stages and layers by timm's groups; by its feature taps where the groups are single layers or missing."""
     if not is_timm(model):
-        return _Depth({}, {}, ())
+        return _Depth()
     coarse, fine = _groups(model, ordered, coarse=True), _groups(model, ordered, coarse=False)
     left_out = frozenset(name for name in ordered if fine and fine[name] == fine[_Named.unknown])
     if coarse and not _single_layers(coarse):

@@ -186,17 +186,19 @@ def test_an_encoder_without_a_classifier_gets_a_named_error(encoder: str) -> Non
 
 
 PROTECTIONS = {
-    "requires_grad": ("set_flags", lambda model, resolution: None),
+    "requires_grad": ("set_flags", lambda live, resolution: None),
     "gradients cleared": (
         "set_flags",
-        lambda model, resolution: [
-            p.requires_grad_(name in {row.name for row in resolution.trained}) for name, p in model.named_parameters()
+        lambda live, resolution: [
+            p.requires_grad_(name in {row.name for row in resolution.trained})
+            for name, found in live.parameters.items()
+            for p in found
         ],
     ),
-    "pins": ("pin", lambda model, resolution: None),
+    "pins": ("pin", lambda live, resolution: None),
     "pins that outlive train()": (
         "pin",
-        lambda model, resolution: [m.eval() for n, m in model.named_modules() if resolution.modes[n] == "eval"],
+        lambda live, resolution: [m.eval() for n, m in live.inner.items() if resolution.modes[n] == "eval"],
     ),
 }
 
