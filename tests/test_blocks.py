@@ -70,6 +70,7 @@ COMMANDS = {
     r"python -m venv .*|\. .*/activate": "makes an environment; .ci/run does it",
     r"pytest .*": "this is what runs",
     r"ruff check \.|ruff format --check \.|mypy": "a step of .ci/run",
+    r"python examples/\w+\.py.*": "tests/test_examples.py runs it",
     r"python benchmarks/\w+\.py.*": "recorded output of minutes of timing; no time is a test",
 }
 """A command of a console block -> what is done with it: run and compared, parsed, or nothing, and then why."""
