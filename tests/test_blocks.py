@@ -281,6 +281,14 @@ def test_every_stand_in_and_every_treatment_is_of_use() -> None:
     assert [old for old in SMALL if not any(old in block.text for block in every)] == []
 
 
+def test_no_block_is_overlooked() -> None:
+    """Whatever begins a fence, of backticks or tildes, is one that is read here."""
+    for page in PAGES:
+        fences = re.findall(r"^\s*(?:>\s*)?(?:```|~~~)", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+        assert len(fences) == 2 * len(blocks(page)), key(page)
+
+
 def test_six_trainers_have_six_pages_with_code() -> None:
     trainers = {page.stem: [block.kind for block in blocks(page)] for page in PAGES if page.parent.name == "trainers"}
 

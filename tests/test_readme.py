@@ -41,6 +41,7 @@ def test_the_readme_compares_and_says_what_is_stable() -> None:
         assert len({len(row) for row in rows}) == 1
         assert all(cell for row in rows[1:] for cell in row)
     assert "A plan with `version: 1` is readable through all of 1.x and means the same" in README
+    assert "`--install-completion` |" in README
 
 
 def test_the_tests_command_is_the_one_that_ci_runs() -> None:
