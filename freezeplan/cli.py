@@ -301,7 +301,7 @@ def merged_report(
         from freezeplan.experiment.command import report as merge_runs
         from freezeplan.experiment.screen import print_results
     except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "a package", "run") from None
+        raise MissingExtraError.of(error, "run") from None
     merged = merge_runs(folders, out=out, data=data)
     if as_json:
         _print_json(merged)
@@ -402,7 +402,7 @@ def run(
     try:
         from freezeplan.experiment.command import voc_vgg16
     except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "a package", "run") from None
+        raise MissingExtraError.of(error, "run") from None
     voc_vgg16(
         data=data,
         download=download,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -263,6 +264,41 @@ def test_a_missing_package_is_named_with_its_extra(package: str, monkeypatch: py
         importlib.import_module("freezeplan.integrations.huggingface")
 
     assert str(error.value) == f"this needs {package}, which is not installed\n  pip install 'freezeplan[transformers]'"
+
+
+@pytest.mark.parametrize(
+    ("place", "lacks"),
+    [
+        pytest.param(
+            ("transformers.trainer_callback", "ExportableState"),
+            "cannot import name 'ExportableState' from 'transformers.trainer_callback'",
+            id="no-such-name",
+        ),
+        pytest.param(
+            ("transformers.trainer_callback", None),
+            "import of transformers.trainer_callback halted; None in sys.modules",
+            id="no-such-module",
+        ),
+    ],
+)
+def test_a_package_that_is_too_old_is_named_with_its_extra(
+    place: tuple[str, str | None], lacks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the installed one lacks, and what to install."""
+    module, name = place
+    if name is None:
+        monkeypatch.setitem(sys.modules, module, None)
+    else:
+        monkeypatch.delattr(sys.modules[module], name)
+    monkeypatch.delitem(sys.modules, "freezeplan.integrations.huggingface", raising=False)
+    with pytest.raises(MissingExtraError) as error:
+        importlib.import_module("freezeplan.integrations.huggingface")
+
+    assert str(error.value) == (
+        f"this needs a newer transformers, the installed one is too old: {lacks}\n"
+        "  pip install 'freezeplan[transformers]'"
+    )
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
 
 
 def accelerated(plan: Any, plain: Any, epochs: int, folder: Path, *, stop: int | None = None) -> tuple[Any, Any]:

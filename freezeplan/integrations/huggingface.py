@@ -15,8 +15,8 @@ try:
     from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
     from transformers.trainer_utils import has_length
-except ModuleNotFoundError as error:
-    raise MissingExtraError(error.name or "transformers", "transformers") from None
+except ImportError as error:
+    raise MissingExtraError.of(error, "transformers") from None
 
 
 class FreezePlanCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
