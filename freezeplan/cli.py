@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import sys
 import warnings
@@ -21,6 +20,16 @@ from freezeplan.errors import FreezePlanError, MissingExtraError, OutputError
 from freezeplan.explain import explain
 from freezeplan.importers import finetuning_scheduler, mmengine, timm_args
 from freezeplan.load import load_plan, load_presets
+from freezeplan.options import (
+    AsJson,
+    ModelArg,
+    ModelArgument,
+    ModelOption,
+    NumClasses,
+    OptionalModel,
+    PlanArgument,
+    print_json,
+)
 from freezeplan.plan import Plan
 from freezeplan.resolution import Resolution
 from freezeplan.resolve import resolve
@@ -33,20 +42,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-PlanArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="PLAN",
-        help="A plan file (.yaml, .toml, .json) or a preset's name.",
-        autocompletion=completion.plans,
-    ),
-]
-ModelHelp = "A timm model name, or package.module:function."
-NumClasses = Annotated[int | None, typer.Option(min=0, help="Number of classes; the model's own if not given.")]
-ModelArg = Annotated[
-    list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument for creating the model; repeatable.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Experiment = Literal["voc_vgg16"]
 Format = Literal["timm", "finetuning-scheduler", "mmengine"]
 # Stated here and not imported: the experiment brings torch with it, and --help should not wait for that.
@@ -90,7 +85,7 @@ def _options(
 @app.command()
 def show(
     plan: PlanArgument,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=ModelHelp, autocompletion=completion.models)],
+    model: ModelArgument,
     num_classes: NumClasses = None,
     model_arg: ModelArg = None,
     lr: Annotated[float | None, typer.Option(help="Base learning rate: show each group's effective one.")] = None,
@@ -104,7 +99,7 @@ def show(
     if image is not None:
         picture.draw(resolution, described, image)
     if as_json:
-        _print_json(report.as_json(resolution))
+        print_json(report.as_json(resolution))
     else:
         render.print_resolution(resolution, lr)
 
@@ -112,9 +107,7 @@ def show(
 @app.command()
 def check(
     plan: PlanArgument,
-    model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help=ModelHelp, autocompletion=completion.models)
-    ] = None,
+    model: OptionalModel = None,
     num_classes: NumClasses = None,
     model_arg: ModelArg = None,
     as_json: AsJson = False,
@@ -124,13 +117,13 @@ def check(
     if model is None:
         found = {"plan": loaded.title, "rules": len(loaded.rules)}
         if as_json:
-            _print_json(found)
+            print_json(found)
         else:
             render.stdout().print(f"{plan}: a valid plan with {len(loaded.rules)} rules", soft_wrap=True)
         return
     resolution = _resolve(plan, model, num_classes, model_arg)
     if as_json:
-        _print_json({key: value for key, value in report.as_json(resolution).items() if key != "tensors"})
+        print_json({key: value for key, value in report.as_json(resolution).items() if key != "tensors"})
     else:
         render.stdout().print(f"{plan}: fits {resolution.model}", soft_wrap=True)
         render.print_rules(resolution)
@@ -139,8 +132,11 @@ def check(
 @app.command()
 def why(
     plan: PlanArgument,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=ModelHelp, autocompletion=completion.models)],
-    param: Annotated[str, typer.Argument(metavar="PARAM", help="The full name of a parameter.")],
+    model: ModelArgument,
+    param: Annotated[
+        str,
+        typer.Argument(metavar="PARAM", help="The full name of a parameter.", autocompletion=completion.parameters),
+    ],
     num_classes: NumClasses = None,
     model_arg: ModelArg = None,
     lr: Annotated[float | None, typer.Option(help="Base learning rate: show the effective one.")] = None,
@@ -150,7 +146,7 @@ def why(
     resolution = _resolve(plan, model, num_classes, model_arg)
     found = explain(resolution, param)
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         render.print_explanation(found, lr)
 
@@ -158,8 +154,8 @@ def why(
 @app.command()
 def diff(
     plan: PlanArgument,
-    other: Annotated[str, typer.Argument(metavar="OTHER", help="Another plan.")],
-    model: Annotated[str, typer.Option(metavar="MODEL", help=ModelHelp, autocompletion=completion.models)],
+    other: Annotated[str, typer.Argument(metavar="OTHER", help="Another plan.", autocompletion=completion.plans)],
+    model: ModelOption,
     num_classes: NumClasses = None,
     model_arg: ModelArg = None,
     as_json: AsJson = False,
@@ -172,7 +168,7 @@ def diff(
         render.print_error(error)
         raise typer.Exit(2) from None
     if as_json:
-        _print_json([asdict(change) for change in changes])
+        print_json([asdict(change) for change in changes])
     else:
         render.print_changes(changes, equal=first.plan == second.plan)
     raise typer.Exit(1 if changes else 0)
@@ -181,7 +177,7 @@ def diff(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of a plan, for editors: point the yaml-language-server at it."""
-    _print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **Plan.model_json_schema()})
+    print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **Plan.model_json_schema()})
 
 
 @app.command("import")
@@ -221,7 +217,7 @@ def import_(
 @app.command("forecast")
 def forecast_(
     plan: PlanArgument,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=ModelHelp, autocompletion=completion.models)],
+    model: ModelArgument,
     image_size: Annotated[int, typer.Option(min=1, metavar="PIXELS", help="Side of the images.")] = 224,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 32,
     num_classes: NumClasses = None,
@@ -233,13 +229,12 @@ def forecast_(
     from freezeplan.forecast import forecast
     from freezeplan.zoo import create_model
 
-    arguments = dict(map(_key_value, model_arg or ()))
     found = forecast(
-        lambda: create_model(model, num_classes=num_classes, meta=True, **arguments),
+        lambda: create_model(model, num_classes=num_classes, meta=True, **dict(model_arg or ())),
         plan, image_size=image_size, batch_size=batch_size,
     ).as_json()  # fmt: skip
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         render.print_forecast(found)
 
@@ -256,7 +251,7 @@ def cache_ls(directory: CacheDirectory = None, as_json: AsJson = False) -> None:
     """List the features that are kept: of which model and plan, how much, last used when."""
     found = store.entries(directory or store.default_directory())
     if as_json:
-        _print_json([asdict(entry) for entry in found])
+        print_json([asdict(entry) for entry in found])
     else:
         render.print_entries(directory or store.default_directory(), found)
 
@@ -264,7 +259,8 @@ def cache_ls(directory: CacheDirectory = None, as_json: AsJson = False) -> None:
 @cache_app.command("rm")
 def cache_rm(
     keys: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY...", help="Keys of entries, or how they begin.")
+        list[str] | None,
+        typer.Argument(metavar="KEY...", help="Keys of entries, or how they begin.", autocompletion=completion.keys),
     ] = None,
     directory: CacheDirectory = None,
     everything: Annotated[bool, typer.Option("--all", help="Remove every entry.")] = False,
@@ -284,7 +280,7 @@ def presets(as_json: AsJson = False) -> None:
     """List the plans that ship with freezeplan, and those that installed packages add."""
     found = load_presets()
     if as_json:
-        _print_json({name: plan.model_dump(mode="json", exclude_defaults=True) for name, plan in found.items()})
+        print_json({name: plan.model_dump(mode="json", exclude_defaults=True) for name, plan in found.items()})
     else:
         render.print_presets(found)
 
@@ -304,7 +300,7 @@ def merged_report(
         raise MissingExtraError.of(error, "run") from None
     merged = merge_runs(folders, out=out, data=data)
     if as_json:
-        _print_json(merged)
+        print_json(merged)
     else:
         print_results(render.stdout(), merged)
         render.stdout().print(f"\nWritten to {out}", soft_wrap=True)
@@ -325,7 +321,11 @@ def run(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="A timm model name; vgg16 gets the lecture's head.", show_default="vgg16; sample: slim"),
+        typer.Option(
+            help="A timm model name; vgg16 gets the lecture's head.",
+            show_default="vgg16; sample: slim",
+            autocompletion=completion.models,
+        ),
     ] = None,
     weights: Annotated[
         str | None,
@@ -337,10 +337,17 @@ def run(
     ] = None,
     arm: Annotated[
         list[str] | None,
-        typer.Option(help="scratch, frozen_convs, low_conv_lr or same_lr; repeatable.", show_default="all four"),
+        typer.Option(
+            help="scratch, frozen_convs, low_conv_lr or same_lr; repeatable.",
+            show_default="all four",
+            autocompletion=completion.arms,
+        ),
     ] = None,
     plan: Annotated[
-        list[str] | None, typer.Option(metavar="PLAN", help="A plan file or preset as one more arm; repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="PLAN", help="A plan file or preset as one more arm; repeatable.", autocompletion=completion.plans
+        ),
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, show_default=EPOCHS)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images.", show_default=BATCH_SIZE)] = None,
@@ -433,33 +440,18 @@ def run(
     )
 
 
-def _resolve(plan: str, model: str, num_classes: int | None, model_arg: list[str] | None) -> Resolution:
+def _resolve(plan: str, model: str, num_classes: int | None, model_arg: list[Any] | None) -> Resolution:
     return _resolved(plan, model, num_classes, model_arg)[0]
 
 
 def _resolved(
-    plan: str, model: str, num_classes: int | None, model_arg: list[str] | None
+    plan: str, model: str, num_classes: int | None, model_arg: list[Any] | None
 ) -> tuple[Resolution, Description]:
     loaded = load_plan(plan)  # before the imports: a mistake in the file need not wait for torch
     from freezeplan.zoo import create_model, describe
 
-    arguments = dict(map(_key_value, model_arg or ()))
-    described = describe(create_model(model, num_classes=num_classes, meta=True, **arguments))
+    described = describe(create_model(model, num_classes=num_classes, meta=True, **dict(model_arg or ())))
     return resolve(loaded, described), described
-
-
-def _key_value(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key.isidentifier():
-        raise typer.BadParameter(f"expected KEY=VALUE, found {text!r}", param_hint="--model-arg")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
-
-
-def _print_json(data: object) -> None:
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -58,9 +58,10 @@ ORDER = [
     "importers",
     "integrations",
     "experiment",
+    "completion",
+    "options",
     "proof_commands",
     "settings_file",
-    "completion",
     "cli",
     "__main__",
 ]
