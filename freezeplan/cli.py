@@ -99,7 +99,7 @@ def show(
     if image is not None:
         picture.draw(resolution, described, image)
     if as_json:
-        print_json(report.as_json(resolution))
+        print_json(report.as_json(resolution, lr))
     else:
         render.print_resolution(resolution, lr)
 
@@ -143,12 +143,11 @@ def why(
     as_json: AsJson = False,
 ) -> None:
     """Say which rule decides about one parameter, where it stands, and which others match."""
-    resolution = _resolve(plan, model, num_classes, model_arg)
-    found = explain(resolution, param)
+    found = explain(_resolve(plan, model, num_classes, model_arg), param, lr)
     if as_json:
         print_json(found)
     else:
-        render.print_explanation(found, lr)
+        render.print_explanation(found)
 
 
 @app.command()

@@ -99,6 +99,14 @@ def test_show_as_json(run):
     assert json.loads(out) == as_json(freezeplan.resolve_plan("linear_probe", model))
 
 
+def test_show_as_json_with_a_base_rate(run):
+    """``show --lr`` puts the rates into the data too."""
+    out = run("show", "voc_vgg16/low_conv_lr", "vgg16", "--lr", "5e-4", "--json")[1]
+    rates = {tensor["name"]: tensor["lr"] for tensor in json.loads(out)["tensors"]}
+
+    assert (rates["features.0.weight"], rates["head.fc.weight"]) == (1e-4, 5e-4)
+
+
 def test_check_a_plan(run):
     """``freezeplan check PLAN`` says that a plan is valid; ``--json`` its name and its number of rules."""
     assert run("check", "linear_probe") == (0, "linear_probe: a valid plan with 2 rules\n", "")
