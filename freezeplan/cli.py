@@ -28,6 +28,7 @@ from freezeplan.options import (
     NumClasses,
     OptionalModel,
     PlanArgument,
+    one_of,
     print_json,
 )
 from freezeplan.plan import Plan
@@ -44,6 +45,10 @@ app = typer.Typer(
 
 Experiment = Literal["voc_vgg16"]
 Format = Literal["timm", "finetuning-scheduler", "mmengine"]
+OptimizerName = Literal["rmsprop-tf1", "rmsprop"]
+Device = Literal["auto", "cpu", "cuda"]
+LabelRule = Literal["largest", "first"]
+Amp = Literal["bf16"]
 # Stated here and not imported: the experiment brings torch with it, and --help should not wait for that.
 EPOCHS = "20; sample: 25"
 BATCH_SIZE = "32; sample: 16"
@@ -181,7 +186,9 @@ def schema() -> None:
 
 @app.command("import")
 def import_(
-    format: Annotated[Format, typer.Argument(metavar="FORMAT", help="timm, finetuning-scheduler or mmengine.")],
+    format: Annotated[
+        Format, typer.Argument(help="timm, finetuning-scheduler or mmengine.", **one_of(Format, "FORMAT"))
+    ],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What that tool reads: see docs/importing.md.")],
     lr: Annotated[
         float | None, typer.Option(help="The optimizer's rate; finetuning-scheduler's later depths need it.")
@@ -307,7 +314,9 @@ def merged_report(
 
 @app.command()
 def run(
-    experiment: Annotated[Experiment, typer.Argument(metavar="EXPERIMENT", help="voc_vgg16, the only one.")],
+    experiment: Annotated[
+        Experiment, typer.Argument(help="voc_vgg16, the only one.", **one_of(Experiment, "EXPERIMENT"))
+    ],
     data: Annotated[
         Path | None,
         typer.Option(help="VOCdevkit folder, its VOC2012 folder, or a tar of either.", show_default="embedded sample"),
@@ -355,8 +364,9 @@ def run(
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Base learning rate.", show_default="0.0005")] = None,
     optimizer: Annotated[
-        Literal["rmsprop-tf1", "rmsprop"] | None,
+        OptimizerName | None,
         typer.Option(
+            **one_of(OptimizerName),
             help="RMSProp as TensorFlow 1 computes it, or torch's.",
             show_default="rmsprop-tf1 for vgg16 and the sample, else rmsprop",
         ),
@@ -368,7 +378,7 @@ def run(
         int | None, typer.Option(min=0, metavar="STEPS", help="Linear warm-up.", show_default="off")
     ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Repeatable.", show_default="0")] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where there is one.")] = "auto",
+    device: Annotated[Device, typer.Option(**one_of(Device), help="auto: CUDA where there is one.")] = "auto",
     workers: Annotated[
         int | None, typer.Option(min=1, help="Threads that decode images.", show_default="one a core")
     ] = None,
@@ -376,8 +386,12 @@ def run(
         int | None, typer.Option(min=1, help="Threads inside torch.", show_default="one a core; sample: 1")
     ] = None,
     label: Annotated[
-        Literal["largest", "first"] | None,
-        typer.Option(help="An image's class: of its largest box or its first object.", show_default="largest"),
+        LabelRule | None,
+        typer.Option(
+            **one_of(LabelRule),
+            help="An image's class: of its largest box or its first object.",
+            show_default="largest",
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where results go.", show_default="runs/voc_vgg16-DATE-TIME")
@@ -392,7 +406,9 @@ def run(
     compile: Annotated[
         bool, typer.Option("--compile", help="Use torch.compile: pays where an epoch takes minutes.")
     ] = False,
-    amp: Annotated[Literal["bf16"] | None, typer.Option(help="Autocast to bfloat16.", show_default="float32")] = None,
+    amp: Annotated[
+        Amp | None, typer.Option(**one_of(Amp), help="Autocast to bfloat16.", show_default="float32")
+    ] = None,
     settings: Annotated[
         Path | None,
         typer.Option(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from freezeplan import completion
+from freezeplan.errors import did_you_mean
 
 _PLAN = "A plan file (.yaml, .toml, .json) or a preset's name."
 _MODEL = "A timm model name, or package.module:function."
@@ -31,6 +32,31 @@ def key_value(text: str) -> tuple[str, Any]:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
+
+
+def one_of(words: Any, metavar: str | None = None) -> dict[str, Any]:
+    """Return what makes an option or argument one of the words of a ``Literal``: parsed, completed, in the help.
+
+    The parser raises ``typer.BadParameter`` for another word, with the nearest of them.
+
+    Examples:
+        >>> from typing import Literal
+        >>> one_of(Literal["cpu", "cuda"])["parser"]("cpu")
+        'cpu'
+    """
+    known = get_args(words)
+
+    def parse(given: object) -> str:
+        word = str(given)  # a settings file may hold a number
+        if word not in known:
+            found = f"{word!r} is not one of {', '.join(map(repr, known))}"
+            raise typer.BadParameter("; ".join([found, *did_you_mean(word, known)]))
+        return word
+
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in known if word.startswith(incomplete)]
+
+    return {"parser": parse, "metavar": metavar or f"<{'|'.join(known)}>", "autocompletion": complete}
 
 
 PlanArgument = Annotated[str, typer.Argument(metavar="PLAN", help=_PLAN, autocompletion=completion.plans)]

@@ -168,7 +168,7 @@ PROBLEMS = [
         "  a plan file ends in one of .yaml .yml .toml .json\n",
         id="unknown-preset",
     ),
-    pytest.param(["check", "nowhere/plan.yaml"], "error: nowhere/plan.yaml: no such plan file\n", id="no-file"),
+    pytest.param(["check", "nowhere/plan.yaml"], "error: nowhere/plan.yaml: no such file\n", id="no-file"),
     pytest.param(
         ["check", "plan.yaml", "vgg16"],
         "error: plan.yaml:3:13: rule 1 (match: layer1) matches no parameter of vgg16\n"
@@ -222,7 +222,7 @@ def test_a_problem_is_not_cut_to_the_width_of_a_terminal(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
 
     assert run("check", "nowhere/a_plan_with_a_long_name.yaml")[2] == (
-        "error: nowhere/a_plan_with_a_long_name.yaml: no such plan file\n"
+        "error: nowhere/a_plan_with_a_long_name.yaml: no such file\n"
     )
 
 
@@ -234,6 +234,16 @@ USAGE = [
         ["show", "full", "test_vit", "--model-arg", "foo"],
         "Invalid value for --model-arg: expected KEY=VALUE, found 'foo'",
         id="no-equals-sign",
+    ),
+    pytest.param(
+        ["run", "voc_vgg17"],
+        "Invalid value for 'EXPERIMENT': 'voc_vgg17' is not one of 'voc_vgg16'; did you mean 'voc_vgg16'?",
+        id="no-experiment",
+    ),
+    pytest.param(
+        ["run", "voc_vgg16", "--device", "rocm"],
+        "Invalid value for '--device': 'rocm' is not one of 'auto', 'cpu', 'cuda'",
+        id="no-choice",
     ),
     pytest.param(
         ["check", "full", "test_vit", "--model-arg", "1a=2"],
@@ -249,7 +259,7 @@ def test_wrong_usage_is_exit_code_2(run, arguments, sentence):
     code, out, err = run(*arguments)
 
     assert (code, out) == (2, "")
-    assert re.findall(r"^│ (.*?) +│$", err, re.MULTILINE) == [sentence]
+    assert " ".join(re.findall(r"^│ (.*?) +│$", err, re.MULTILINE)) == sentence
 
 
 def test_model_arguments_are_literals_or_text(run):
@@ -340,6 +350,8 @@ COMPLETED = [
     ),
     pytest.param("freezeplan cache rm 12", ["12ab", "12cd"], id="keys"),
     pytest.param("freezeplan cache rm --dir nowhere 12", ["12ef"], id="keys-elsewhere"),
+    pytest.param("freezeplan run voc_vgg16 --optimizer rms", ["rmsprop-tf1", "rmsprop"], id="choice"),
+    pytest.param("freezeplan import t", ["timm"], id="choices-of-an-argument"),
     pytest.param("freezeplan why full no_such_model f", [], id="no-such-model"),
     pytest.param("freezeplan why full test_resnet --model-arg depth=x f", [], id="wrong-argument"),
     pytest.param("freezeplan why full test_resnet --model-arg = fc", ["fc.weight", "fc.bias"], id="no-argument"),
