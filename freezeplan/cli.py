@@ -304,7 +304,8 @@ def merged_report(
         from freezeplan.experiment.screen import print_results
     except ModuleNotFoundError as error:
         raise MissingExtraError.of(error, "run") from None
-    merged = merge_runs(folders, out=out, data=data)
+    with render.waiting("reading runs and drawing the page"):
+        merged = merge_runs(folders, out=out, data=data)
     if as_json:
         print_json(merged)
     else:

@@ -31,7 +31,8 @@ def verify(
 ) -> None:
     """Say whether what a plan freezes is the same in two files; exit code 0: held, 1: moved, 2: not comparable."""
     try:
-        found = _compared(before, after, plan, model, num_classes, model_arg)
+        with render.waiting("comparing weights"):
+            found = _compared(before, after, plan, model, num_classes, model_arg)
     except FreezePlanError as error:
         render.print_error(error)
         raise typer.Exit(2) from None
@@ -97,7 +98,8 @@ def apply_(
     from freezeplan.statefile import read_state
 
     found = read(file)
-    write(apply_to_state(found, read_state(base), where=str(file), base=str(base)), None, out)
+    with render.waiting("checking the base and writing the weights"):
+        write(apply_to_state(found, read_state(base), where=str(file), base=str(base)), None, out)
     typer.echo(f"{out}: {found.model} with {len(found.tensors)} tensors of {file}")
 
 

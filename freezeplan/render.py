@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.padding import Padding
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
@@ -33,6 +34,11 @@ def stdout() -> Console:
 def stderr() -> Console:
     """Return the console for problems and progress."""
     return Console(stderr=True, markup=False, highlight=False)
+
+
+def waiting(text: str, console: Console | None = None) -> Status:
+    """Return a context in which a terminal shows, on stderr, that something takes a while; elsewhere nothing."""
+    return (console or stderr()).status(Text(text))
 
 
 def print_error(error: FreezePlanError) -> None:

@@ -182,7 +182,8 @@ def voc_vgg16(
     settings = replace(default_settings(model, sample=sample), **given)
     seeds = list(dict.fromkeys(seed or [0]))
     with TemporaryDirectory() as temporary:
-        voc = read_voc(write_sample(Path(temporary)), name="embedded sample") if data is None else read_voc(data)
+        with render.waiting("reading lists and annotations", stderr):
+            voc = read_voc(write_sample(Path(temporary)), name="embedded sample") if data is None else read_voc(data)
         if download:
             check_counts(voc, VOC2012)
         facts = {
