@@ -62,6 +62,7 @@ ORDER = [
     "options",
     "proof_commands",
     "settings_file",
+    "run_commands",
     "cli",
     "__main__",
 ]
