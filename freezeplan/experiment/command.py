@@ -218,7 +218,8 @@ def voc_vgg16(
         count = "1 image does not decode and was" if len(bad) == 1 else f"{len(bad)} images do not decode and were"
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         stderr.print(f"{count} left out: {', '.join(bad[:5])}{more}", soft_wrap=True)
-    page = to_html(results, photos)
+    with render.waiting("drawing the page", stderr):
+        page = to_html(results, photos)
     write_results(out, results)
     write_report(out / NAME, page)
     checkpoints.remove()
