@@ -1,4 +1,4 @@
-"""Print the lowest versions that pyproject.toml allows, as constraints for pip; torch excepted, which torchvision pins."""
+"""Print the lowest versions that pyproject.toml allows, as constraints for pip; torchvision pins torch."""
 
 import tomllib
 from pathlib import Path

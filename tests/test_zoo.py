@@ -88,7 +88,7 @@ def violations(entry: dict[str, Any], family: str = "") -> list[str]:
     total(model.train()(x)).backward()
     optimizer.step()
 
-    applied = apply_plan(model, "linear_probe", lr=1e-3)
+    applied = apply_plan(model, "linear_probe", lr=1e-3, guard=False)
     trained = {row.name for row in applied.resolution.trained}
     start = {name: tensor.clone() for name, tensor in still(model, trained, family)}
     live: list[str] = []
@@ -180,7 +180,7 @@ def test_linear_probe_leaves_exactly_the_classifier_trainable(family: str, entry
     assert sorted(row.name for row in resolution.trained) == sorted(entry["head"])
 
 
-@pytest.mark.parametrize("encoder", filter(timm.is_model, ENCODERS))
+@pytest.mark.parametrize("encoder", [name for name in ENCODERS if timm.is_model(name)])
 def test_an_encoder_without_a_classifier_gets_a_named_error(encoder: str) -> None:
     """A plan that needs the classifier says so where there is none."""
     model = create_model(encoder, meta=True)
