@@ -714,7 +714,8 @@ def test_guards_go_with_the_plan(toy):
     assert dict(hooks) == before
     live.undo()
     live = silent(toy)
-    assert len(hooks) == len(before) + (not steps._watchers.keys() - {live})
+    assert live in steps._watchers
+    assert hooks
     live.undo()
     loop(toy, torch.optim.SGD(toy.parameters(), lr=0.1), 1)
 
