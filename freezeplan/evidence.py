@@ -48,13 +48,16 @@ def pattern(before: Sequence[Tensor], after: Sequence[Tensor]) -> str:
         after: The same tensors now, of the same shapes.
 
     Returns:
-        One of: ``rounded`` (to a half precision and back), ``shrunk`` (all values by one factor), ``drift`` (by
-        rounding only), ``unrelated`` (other values altogether), or nothing.
+        One of: ``rounded`` (to a half precision and back), ``shrunk`` (all values by one factor), ``decayed`` (each
+        towards zero, by other factors), ``drift`` (by rounding only), ``unrelated`` (other values altogether), or
+        nothing.
 
     Examples:
         >>> weight = torch.linspace(-1, 1, 32)
         >>> pattern([weight], [weight * 0.99]), pattern([weight], [weight.bfloat16().float()])
         ('shrunk', 'rounded')
+        >>> pattern([weight], [weight - 0.01 * weight.sign()])
+        'decayed'
         >>> pattern([weight], [weight + 1e-6]), pattern([weight], [weight.flip(0)]), pattern([weight], [weight + 0.1])
         ('drift', 'unrelated', '')
     """
@@ -71,10 +74,25 @@ def pattern(before: Sequence[Tensor], after: Sequence[Tensor]) -> str:
     one_factor = one.numel() > 1 and residual <= max(0.02 * (1 - factor), 1e-6) * largest
     if one_factor and 1e-6 < 1 - factor < 1:
         return "shrunk"
+    if _towards_zero(one, two):
+        return "decayed"
     if float((two - one).abs().max()) <= _ROUNDING * largest:
         return "drift"
     norm = float(two.norm()) * size**0.5
     return "unrelated" if one.numel() >= 16 and product < 0.3 * norm else ""
+
+
+def _towards_zero(before: Tensor, after: Tensor) -> bool:
+    """Whether each value moved towards zero, as a decay in the gradient does under Adam or RMSprop: a step of one size.
+
+    What is smaller than the largest change may cross zero, and what is zero has no decay. Enough values of both signs
+    are asked for that chance or a gradient of one sign do not look like it.
+    """
+    change = after - before
+    large = before.abs() > change.abs().max()
+    signs, still = before[large].sign(), before == 0
+    towards = bool((change[large] * signs < 0).all()) and not bool(change[still].any())
+    return towards and signs.numel() >= 16 and len(signs.unique()) == 2
 
 
 def _is_rounded(before: Sequence[Tensor], after: Sequence[Tensor], dtype: torch.dtype) -> bool:

@@ -217,6 +217,8 @@ _UNKNOWN = "other code wrote it: an optimizer that holds it, an average of weigh
 _PATTERNS = {
     "rounded": "its values were rounded to half precision and back",
     "shrunk": "weight decay on a zero gradient: all its values shrank by one factor; an optimizer holds it",
+    "decayed": "weight decay on a zero gradient: each of its values moved towards zero, as under Adam or RMSprop; an "
+    "optimizer holds it",
     "drift": "it moved by rounding only: an average of weights (EMA) was put in its place",
     "unrelated": "it has other values altogether: a loader or an initialisation overwrote it",
 }
@@ -255,7 +257,7 @@ def _parameter_cause(
     if sealed and [found.kind for found in places] != [found.kind for found in sealed]:
         return _changed_kind(sealed, tensors)
     looks = evidence.pattern(copies, tensors) if copies else ""
-    if looks in ("shrunk", "rounded"):
+    if looks in ("shrunk", "decayed", "rounded"):
         return _PATTERNS[looks] + _holder(tensors, optimizers)
     if any(tensor.grad is not None for tensor in tensors):
         return "a gradient was left on it, and an optimizer outside the plan used it" + _holder(tensors, optimizers)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from freezeplan import apply_plan
+from freezeplan import apply_plan, evidence
 from freezeplan.errors import ApplyError
 
 PLAN = {"version": 1, "rules": [{"match": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}]}
@@ -216,6 +216,57 @@ def test_with_a_copy_the_amount_is_said(toy, live, move, line):
     move(toy)
 
     assert str(live.verify()) == f"1 of 7 frozen tensors and buffers moved\n{line}"
+
+
+DECAYS = [
+    pytest.param(torch.optim.SGD, {"momentum": 0.9}, "all its values shrank by one factor", id="SGD"),
+    pytest.param(torch.optim.AdamW, {}, "all its values shrank by one factor", id="AdamW"),
+    pytest.param(torch.optim.Adam, {}, "each of its values moved towards zero, as under Adam or RMSprop", id="Adam"),
+    pytest.param(torch.optim.NAdam, {}, "each of its values moved towards zero, as under Adam or RMSprop", id="NAdam"),
+    pytest.param(
+        torch.optim.RMSprop, {}, "each of its values moved towards zero, as under Adam or RMSprop", id="RMSprop"
+    ),
+]
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize(("optimizer", "arguments", "looks"), DECAYS)
+def test_weight_decay_on_a_gradient_of_zeros_is_named(optimizer, arguments, looks, steps):
+    """Whatever the optimizer makes of the decay, also where values that are smaller than its step cross zero."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"body": nn.Linear(20, 20), "head": nn.Linear(20, 2)})
+    with torch.no_grad():
+        model["body"].weight[0] = 0
+    live = apply_plan(model, PLAN)
+    live.seal(copy=True)
+    careless = optimizer([model["body"].weight], lr=1e-3, weight_decay=0.05, **arguments)
+    for _ in range(steps):
+        model["body"].weight.grad = torch.zeros(20, 20)
+        careless.step()
+    (moved,) = live.verify().moved
+
+    assert moved.cause == f"weight decay on a zero gradient: {looks}; an optimizer holds it"
+
+
+def noise(weight):
+    return 1e-3 * torch.randn_like(weight)
+
+
+def a_shift(weight):
+    return torch.full_like(weight, -1e-3)
+
+
+def most(weight):
+    return -1e-3 * weight.sign() * (weight != weight.max())
+
+
+@pytest.mark.parametrize("change", [noise, a_shift, most])
+def test_other_changes_do_not_look_like_weight_decay(change):
+    """Noise, a constant and a change of all values but one have no cause that their looks give."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        weight = torch.randn(20)
+        assert evidence.pattern([weight], [weight + change(weight)]) == ""
 
 
 def test_a_new_seal_starts_anew(toy, live):
