@@ -5,6 +5,7 @@ The sentences are likely causes. Each rests on a pattern that the other causes d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,13 +21,16 @@ stands still stays within 6e-4 of one float32 epsilon a step, and is mostly far 
 def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """Return the largest absolute difference of tensors of the same shapes, in their own units; 0 for empty ones.
 
+    It is NaN where any difference is.
+
     Examples:
         >>> largest_change([torch.zeros(2)], [torch.tensor([0.5, -1.0])])
         1.0
     """
     pairs = zip(before, after, strict=True)
     changes = (_double(b) - _double(a).to(b.device) for b, a in pairs if b.numel())
-    return max((float(change.abs().max()) for change in changes), default=0.0)
+    sizes = [float(change.abs().max()) for change in changes]
+    return math.nan if any(map(math.isnan, sizes)) else max(sizes, default=0.0)
 
 
 def relative_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float | None:
@@ -38,6 +42,20 @@ def relative_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float 
     """
     size = largest_change(before, [torch.zeros_like(tensor) for tensor in before])
     return largest_change(before, after) / size if size else None
+
+
+def became_nan(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    """Whether a value is no number (NaN) now, where none was before as far as that is known.
+
+    Examples:
+        >>> became_nan([torch.ones(1)], [torch.tensor([float("nan")])]), became_nan([], [torch.ones(1)])
+        (True, False)
+    """
+    return _has_nan(after) and not _has_nan(before)
+
+
+def _has_nan(tensors: Sequence[Tensor]) -> bool:
+    return any(tensor.is_floating_point() and bool(_double(tensor).isnan().any()) for tensor in tensors)
 
 
 def pattern(before: Sequence[Tensor], after: Sequence[Tensor]) -> str:

@@ -460,7 +460,8 @@ class AppliedPlan:
         """Compare what is frozen with the seal, bit by bit.
 
         Returns:
-            True in a condition if everything held; otherwise it names what moved and the likely cause.
+            True in a condition if everything held; otherwise it names what moved and the likely cause. It says so where
+            the plan freezes nothing in all of its phases.
 
         Raises:
             ApplyError: If there is no seal.

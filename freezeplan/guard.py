@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,7 +22,8 @@ class Moved:
 
     name: str
     max_abs: float | None
-    """Largest absolute change, in the tensor's own units; None if the seal holds no copy or the shape changed."""
+    """Largest absolute change, in the tensor's own units; None if the seal holds no copy, the shape changed, or a value
+    is no number."""
     relative: float | None
     """The same over the largest absolute value before; None also where all of that was zero."""
     cause: str
@@ -45,6 +47,8 @@ class Verification:
         return not self.moved
 
     def __str__(self) -> str:
+        if not self.checked:
+            return "nothing to hold: the plan freezes no tensor and no buffer from its first epoch to its last"
         if not self.moved:
             return f"held: {self.checked} frozen tensors and buffers are bit-identical"
         lines = map(str, self.moved)
@@ -52,19 +56,32 @@ class Verification:
 
 
 class Loads:
-    """Counts how often weights were loaded into a module; a hook that ``load_state_dict`` calls and a copy keeps."""
+    """What ``load_state_dict`` wrote last: a hook that it calls; it keeps nothing alive, and a copy knows no writes."""
 
     def __init__(self, module: nn.Module):
         self.count = 0
+        self.versions: dict[int, int] = {}
+        """``id`` of a tensor -> torch's count of writes to it, after the last load."""
         self._handle = module.register_load_state_dict_post_hook(self)  # type: ignore[no-untyped-call]
 
     def __call__(self, module: nn.Module, keys: object) -> None:
         """Count one."""
         self.count += 1
+        tensors = (*module.parameters(), *module.buffers())
+        self.versions = {id(tensor): tensor._version for tensor in tensors if not tensor.is_inference()}
+
+    def wrote(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether weights were loaded and nothing, as far as is known, has written these tensors since."""
+        return self.count > 0 and not any(
+            tensor._version > self.versions[id(tensor)] for tensor in tensors if id(tensor) in self.versions
+        )
 
     def remove(self) -> None:
         """Take the hook away."""
         self._handle.remove()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "versions": {}}
 
 
 @dataclass(frozen=True)
@@ -152,16 +169,17 @@ def compare(
     moved = []
     for name in broken:
         tensors, copies = now.get(name, []), seal.copies.get(name, ())
+        loaded = seal.loads.wrote(tensors)
         if not tensors:
             cause = "it is no longer in the model"
         elif isinstance(tensors[0], nn.Parameter):
-            cause = _parameter_cause(tensors, copies, seal.places.get(name, ()), seal.loads.count, list(optimizers))
+            cause = _parameter_cause(tensors, copies, seal.places.get(name, ()), loaded, list(optimizers))
         else:
             in_train = any(module.training for module in names.modules(model).get(names.owner(name), []))
             counter = _counter(name)
             ran = _rise(seal.copies.get(counter), now.get(counter)) if counter in broken else 0
-            cause = _buffer_cause(in_train, ran, loaded=seal.loads.count)
-        moved.append(Moved(name, *_amount(copies, tensors), cause))
+            cause = _buffer_cause(in_train, ran, loaded=loaded)
+        moved.append(_moved(name, copies, tensors, cause))
     return Verification(len(seal.digests), tuple(moved))
 
 
@@ -208,8 +226,8 @@ def compare_states(
             cause = _changed_kind(places, two) if kinds else _pattern_cause(one, two) or _UNKNOWN
         else:
             counter = _counter(name)
-            cause = _buffer_cause(False, _rise(files[0].get(counter), files[1].get(counter)), loaded=0)
-        moved.append(Moved(name, *_amount(one, two), cause))
+            cause = _buffer_cause(False, _rise(files[0].get(counter), files[1].get(counter)), loaded=False)
+        moved.append(_moved(name, one, two, cause))
     return Verification(len(wanted), tuple(moved))
 
 
@@ -224,10 +242,18 @@ _PATTERNS = {
 }
 
 
+def _moved(name: str, before: Sequence[Tensor], after: Sequence[Tensor], cause: str) -> Moved:
+    """What moved; values that are no numbers are said ahead of the cause, and no amount is said of them."""
+    if evidence.became_nan(before, after):
+        cause = f"it holds values that are not numbers (NaN); {cause}"
+    return Moved(name, *_amount(before, after), cause)
+
+
 def _amount(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float | None, float | None]:
     if not before or [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
         return None, None
-    return evidence.largest_change(before, after), evidence.relative_change(before, after)
+    change = evidence.largest_change(before, after)
+    return (None, None) if math.isnan(change) else (change, evidence.relative_change(before, after))
 
 
 def _changed_kind(before: Sequence[Place], after: Sequence[Tensor]) -> str:
@@ -242,7 +268,7 @@ def _parameter_cause(
     tensors: Sequence[Tensor],
     copies: Sequence[Tensor],
     sealed: Sequence[Place],
-    loads: int,
+    loaded: bool,
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> str:
     """The likely cause, the surest evidence first."""
@@ -266,7 +292,7 @@ def _parameter_cause(
         return f"an optimizer holds it{holder}"
     if looks == "drift":
         return _PATTERNS[looks]
-    if loads:
+    if loaded:
         return "load_state_dict wrote it: a loader, or averaged weights (EMA) swapped in"
     if sealed and [found.data for found in places] != [found.data for found in sealed]:
         return "its data was exchanged: averaged weights (EMA) or others were swapped in"
@@ -294,7 +320,7 @@ def _rise(before: Sequence[Tensor] | None, after: Sequence[Tensor] | None) -> in
     return int(after[0]) - int(before[0])
 
 
-def _buffer_cause(in_train: bool, ran: int | None, *, loaded: int) -> str:
+def _buffer_cause(in_train: bool, ran: int | None, *, loaded: bool) -> str:
     if in_train:
         return "its module is in train: something set .training by hand"
     if ran is None or ran > 0:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+import freezeplan
 from freezeplan import apply_plan, evidence
 from freezeplan.errors import ApplyError
 
@@ -267,6 +270,86 @@ def test_other_changes_do_not_look_like_weight_decay(change):
         torch.manual_seed(seed)
         weight = torch.randn(20)
         assert evidence.pattern([weight], [weight + change(weight)]) == ""
+
+
+LOADED = "load_state_dict wrote it: a loader, or averaged weights (EMA) swapped in"
+
+
+def loaded(toy, change):
+    state = copy.deepcopy(toy.state_dict())
+    for name in ("body.0.weight", "body.1.running_mean"):
+        state[name] += change
+    toy.load_state_dict(state)
+
+
+def test_a_load_is_the_cause_of_what_nothing_wrote_since(toy, live):
+    """Loading the weights that are there already is not the cause of what other code writes later."""
+    live.seal()
+    loaded(toy, 0)
+    held = live.verify()
+    write_directly(toy)
+    write_a_buffer(toy)
+    written = [moved.cause for moved in live.verify().moved]
+    loaded(toy, 1)
+    again = [moved.cause for moved in live.verify().moved]
+
+    assert held
+    assert written == [
+        "other code wrote it: an optimizer that holds it, an average of weights, or a loader",
+        "a buffer was written by other code: a loader, an average of weights, or a reset of statistics",
+    ]
+    assert again == [LOADED, LOADED]
+
+
+def test_a_load_before_the_model_was_copied_counts_in_the_copy(toy, live):
+    """The copy's tensors lie elsewhere, so what was written to them since is not known."""
+    live.seal()
+    loaded(toy, 1)
+    twin = copy.deepcopy(toy)
+
+    assert [moved.cause for moved in freezeplan.applied(twin).verify().moved] == [LOADED, LOADED]
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_values_that_are_no_numbers_are_named_before_the_cause(toy, live, copied):
+    """A value that is NaN is said as such, of parameters and buffers, and no amount is."""
+    live.seal(copy=copied)
+    with torch.no_grad():
+        toy.body[0].weight[0, 0] = torch.nan
+    toy.body[1].running_mean[1] = torch.nan
+    found = live.verify()
+
+    assert str(found).splitlines()[1:] == [
+        "body.0.weight: it holds values that are not numbers (NaN); "
+        "other code wrote it: an optimizer that holds it, an average of weights, or a loader",
+        "body.1.running_mean: it holds values that are not numbers (NaN); "
+        "a buffer was written by other code: a loader, an average of weights, or a reset of statistics",
+    ]
+    assert [(moved.max_abs, moved.relative) for moved in found.moved] == [(None, None)] * 2
+
+
+def test_values_that_were_no_numbers_before_are_no_cause(toy, live):
+    """What was NaN already moved for another reason; by how much is not known."""
+    with torch.no_grad():
+        toy.body[0].weight[0, 0] = torch.nan
+    live.seal(copy=True)
+    write_directly(toy)
+
+    assert str(live.verify()).splitlines()[1:] == [
+        "body.0.weight: other code wrote it: an optimizer that holds it, an average of weights, or a loader"
+    ]
+
+
+def test_a_plan_that_freezes_nothing_has_nothing_to_hold(toy):
+    """It is said plainly, and is no failure."""
+    live = apply_plan(toy, {"version": 1, "rules": [{"match": ".*", "lr_mult": 1}]})
+    live.seal()
+    train(toy, torch.optim.SGD(live, lr=0.1))
+
+    assert bool(live.verify()) is True
+    assert str(live.verify()) == (
+        "nothing to hold: the plan freezes no tensor and no buffer from its first epoch to its last"
+    )
 
 
 def test_a_new_seal_starts_anew(toy, live):
