@@ -90,7 +90,7 @@ def pattern(before: Sequence[Tensor], after: Sequence[Tensor]) -> str:
     factor, largest = product / size, float(one.abs().max())
     residual = float((two - factor * one).abs().max())
     one_factor = one.numel() > 1 and residual <= max(0.02 * (1 - factor), 1e-6) * largest
-    if one_factor and 1e-6 < 1 - factor < 1:
+    if one_factor and 1e-3 < factor < 1 - 1e-6:  # what is emptied is shrunk by no decay
         return "shrunk"
     if _towards_zero(one, two):
         return "decayed"

@@ -166,14 +166,18 @@ def compare(
     """
     now = dict(still(model, resolution))
     broken = [name for name, sealed in seal.digests.items() if name not in now or digest(now[name]) != sealed]
-    moved = []
-    for name in broken:
+    moved, exchanged = [], set()
+    for name in broken:  # parameters first
         tensors, copies = now.get(name, []), seal.copies.get(name, ())
         loaded = seal.loads.wrote(tensors)
         if not tensors:
             cause = "it is no longer in the model"
         elif isinstance(tensors[0], nn.Parameter):
             cause = _parameter_cause(tensors, copies, seal.places.get(name, ()), loaded, list(optimizers))
+            if cause == _EXCHANGED:
+                exchanged.add(names.owner(name))
+        elif names.owner(name) in exchanged and _others(seal.places.get(name, ()), tensors):
+            cause = _EXCHANGED
         else:
             in_train = any(module.training for module in names.modules(model).get(names.owner(name), []))
             counter = _counter(name)
@@ -232,6 +236,7 @@ def compare_states(
 
 
 _UNKNOWN = "other code wrote it: an optimizer that holds it, an average of weights, or a loader"
+_EXCHANGED = "its data was exchanged: to_empty emptied it, or averaged weights (EMA) or others were swapped in"
 _PATTERNS = {
     "rounded": "its values were rounded to half precision and back",
     "shrunk": "weight decay on a zero gradient: all its values shrank by one factor; an optimizer holds it",
@@ -256,6 +261,11 @@ def _amount(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float | 
     return (None, None) if math.isnan(change) else (change, evidence.relative_change(before, after))
 
 
+def _others(sealed: Sequence[Place], tensors: Sequence[Tensor]) -> bool:
+    """Whether these are other objects than those that were sealed; False where that is not known."""
+    return bool(sealed) and [found.object for found in sealed] != [id(tensor) for tensor in tensors]
+
+
 def _changed_kind(before: Sequence[Place], after: Sequence[Tensor]) -> str:
     return f"it went from {before[0].kind} to {place(after[0]).kind}: it was cast or replaced"
 
@@ -275,7 +285,7 @@ def _parameter_cause(
     if any(tensor.requires_grad for tensor in tensors):
         return "requires_grad was set back to True by other code"
     places = [place(tensor) for tensor in tensors]
-    if sealed and [found.object for found in places] != [found.object for found in sealed]:
+    if _others(sealed, tensors):
         return (
             "the parameter was replaced after the plan was applied: load_state_dict(assign=True), to_empty, "
             "reset_classifier or fully_shard"
@@ -295,7 +305,7 @@ def _parameter_cause(
     if loaded:
         return "load_state_dict wrote it: a loader, or averaged weights (EMA) swapped in"
     if sealed and [found.data for found in places] != [found.data for found in sealed]:
-        return "its data was exchanged: averaged weights (EMA) or others were swapped in"
+        return _EXCHANGED
     return _PATTERNS.get(looks, _UNKNOWN)
 
 

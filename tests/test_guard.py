@@ -272,6 +272,46 @@ def test_other_changes_do_not_look_like_weight_decay(change):
         assert evidence.pattern([weight], [weight + change(weight)]) == ""
 
 
+@pytest.fixture
+def empty_is_nan():
+    """What is empty holds NaN and the largest integer, not whatever the memory held."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+EXCHANGED = "its data was exchanged: to_empty emptied it, or averaged weights (EMA) or others were swapped in"
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_to_empty_on_the_same_device_is_named(toy, live, empty_is_nan, copied):
+    """The parameters stay the same objects; what became of buffers is no statistics of batches, nor is the counter."""
+    live.seal(copy=copied)
+    toy.to_empty(device="cpu")
+
+    assert [str(moved).rpartition("; ")[2] for moved in live.verify().moved[:6]] == [EXCHANGED] * 6
+    assert live.verify().moved[6].cause == EXCHANGED
+
+
+def test_a_move_and_live_statistics_are_no_to_empty(toy, live):
+    """A cast to and fro replaces buffers too, but its parameters hold."""
+    live.seal(copy=True)
+    toy.double().float()
+    toy.body[1].training = True
+    toy(torch.randn(3, 4))
+    toy.body[1].training = False
+
+    assert {moved.cause for moved in live.verify().moved} == {
+        "live BatchNorm statistics: its module ran in train for 1 batch"
+    }
+
+
+def test_what_was_emptied_to_nearly_nothing_is_no_decay():
+    """A thousandth that is left is no weight decay."""
+    weight = torch.ones(32)
+    assert (evidence.pattern([weight], [weight * 0.01]), evidence.pattern([weight], [weight * 1e-5])) == ("shrunk", "")
+
+
 LOADED = "load_state_dict wrote it: a loader, or averaged weights (EMA) swapped in"
 
 
