@@ -110,7 +110,7 @@ def _towards_zero(before: Tensor, after: Tensor) -> bool:
     large = before.abs() > change.abs().max()
     signs, still = before[large].sign(), before == 0
     towards = bool((change[large] * signs < 0).all()) and not bool(change[still].any())
-    return towards and signs.numel() >= 16 and len(signs.unique()) == 2
+    return towards and signs.numel() >= 16 and int(signs.max()) - int(signs.min()) == 2
 
 
 def _is_rounded(before: Sequence[Tensor], after: Sequence[Tensor], dtype: torch.dtype) -> bool:
