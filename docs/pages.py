@@ -258,7 +258,7 @@ TO_DO = {
     "ModelError": "Take one of the names that are offered; a function of your own is `package.module:function`. For a "
     "model that is not timm's, select by `match` and `type`.",
     "ApplyError": "The sentence names the argument or the call that is missing: `lr=`, `scheduler=`, `attach`, "
-    "`replace=True`, `rewrap=`; or what other code did to the model since ([32 faults](proof.md)).",
+    "`replace=True`, `rewrap=`; or what other code did to the model since ([36 faults](proof.md)).",
     "DataError": "Give a VOCdevkit folder or a tar of one; unpack or fetch a damaged file anew.",
     "WeightsError": "Give the weights that the plan was made on, or those of this architecture; the first tensor that "
     "differs is named.",

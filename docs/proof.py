@@ -16,6 +16,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV2
 from torch import distributed, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.optim import lr_scheduler
 
 from freezeplan import AppliedPlan, apply_plan
@@ -27,6 +28,8 @@ NOTE = "<!-- written by `python docs/proof.py`; a test compares -->\n"
 MODELS = ("test_resnet", "test_efficientnet", "test_vit")
 WITH_NORM = ("test_resnet", "test_efficientnet", "mobilenetv3_small_050")
 """Those for faults of batch norm, which a ViT has not."""
+WITH_BLOCKS = ("test_efficientnet", "test_vit", "mobilenetv3_small_050")
+"""Those with a part of which the plan freezes some and trains some."""
 RULES = [{"role": "head", "lr_mult": 1}, {"stage": -1, "lr_mult": 0.1}, {"match": ".*", "frozen": True}]
 PLAN = {"version": 1, "name": "last_stage", "rules": RULES}
 PHASES = [{"name": "head", "until": 1, "rules": [{"role": "body", "frozen": True}]}, {"name": "all"}]
@@ -106,6 +109,12 @@ def weight_decay(run: Run) -> None:
     other.step()
 
 
+def decay_under_adam(run: Run) -> None:
+    other = torch.optim.Adam([run.frozen], lr=0.001, weight_decay=0.05)
+    run.frozen.grad = torch.zeros_like(run.frozen)
+    other.step()
+
+
 def live_statistics(run: Run) -> None:
     run.norm.training = True
     run.norm(torch.randn(4, run.norm.num_features, 2, 2))
@@ -121,6 +130,12 @@ def average(run: Run) -> None:
 
 def swap(run: Run) -> None:
     run.frozen.data = run.frozen.data + 0.05 * torch.randn_like(run.frozen)
+
+
+def to_empty(run: Run) -> None:
+    torch.use_deterministic_algorithms(True)  # what is empty is NaN then, not whatever the memory held
+    run.model.to_empty(device="cpu")
+    torch.use_deterministic_algorithms(False)
 
 
 def load(run: Run) -> None:
@@ -231,6 +246,21 @@ def baked_and_attached(run: Run) -> None:
         group["lr"] *= group["lr_mult"]
 
 
+def fully_sharded(run: Run) -> None:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    fully_shard(run.model)
+
+
+def mixed_unit(run: Run) -> None:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    run.model.blocks = FullyShardedDataParallel(
+        run.model.blocks,
+        use_orig_params=True,
+        sharding_strategy=ShardingStrategy.NO_SHARD,
+        device_id=torch.device("cpu"),
+    )
+
+
 def reentrant(run: Run) -> None:
     run.model.set_grad_checkpointing(True)
     timm.layers.set_reentrant_ckpt(True)
@@ -257,8 +287,8 @@ class Fault:
     """Whether it comes after the last epoch, for ``verify``; otherwise between two epochs, for the guards."""
     scheduler: str = "torch"
     phases: bool = False
-    norm: bool = False
-    """Whether it needs batch norm."""
+    models: tuple[str, ...] = MODELS
+    """The models that it can be put into."""
 
 
 FAULTS = (
@@ -270,20 +300,36 @@ FAULTS = (
     ),
     Fault("a frozen tensor in the optimizer", in_an_optimizer, "an optimizer holds it (SGD, group", late=True),
     Fault("weight decay on a gradient of zeros", weight_decay, "weight decay on a zero gradient", late=True),
-    Fault("batch norm put in train, and back", live_statistics, "live BatchNorm statistics", late=True, norm=True),
+    Fault(
+        "weight decay on a gradient of zeros, under Adam",
+        decay_under_adam,
+        "weight decay on a zero gradient: each of its values moved towards zero",
+        late=True,
+    ),
+    Fault(
+        "batch norm put in train, and back", live_statistics, "live BatchNorm statistics", late=True, models=WITH_NORM
+    ),
     Fault("an average of weights (EMA) put back", average, "an average of weights (EMA)", late=True),
     Fault("other values swapped in through `.data`", swap, "its data was exchanged", late=True),
     Fault("a flag flipped back, and a step", thaw_and_train, "requires_grad was set back to True", late=True),
+    Fault("`to_empty` on the same device", to_empty, "its data was exchanged: to_empty emptied it", late=True),
     Fault("other weights loaded", load, "load_state_dict wrote it", late=True),
     Fault("a trip through bfloat16", half, "rounded to half precision", late=True),
-    Fault("a buffer written", write_buffer, "a buffer was written by other code", late=True, norm=True),
+    Fault("a buffer written", write_buffer, "a buffer was written by other code", late=True, models=WITH_NORM),
     Fault("other weights loaded with `assign=True`", assign, "was replaced after the plan was applied", late=True),
     Fault("`requires_grad` set to True", thaw, "set to requires_grad=True by other code"),
     Fault("`requires_grad` of a trained tensor set to False", stop, "set to requires_grad=False by other code"),
     Fault("a gradient of zeros left on a frozen tensor", leave_a_gradient, "left with a gradient by other code"),
     Fault("`.training` set by hand", train_by_hand, "put in train by hand"),
-    Fault("`convert_sync_batchnorm` after applying", sync_batchnorm, "without the pin", norm=True),
+    Fault("`convert_sync_batchnorm` after applying", sync_batchnorm, "without the pin", models=WITH_NORM),
     Fault("the same weights loaded with `assign=True`", assign_same, "replaced after the optimizer was made"),
+    Fault("`fully_shard` after the optimizer", fully_sharded, "replaced after the optimizer was made"),
+    Fault(
+        "a `FullyShardedDataParallel` unit with mixed flags",
+        mixed_unit,
+        "is of frozen and trained parameters",
+        models=WITH_BLOCKS,
+    ),
     Fault("a new classifier of the same size", new_classifier, "replaced after the optimizer was made"),
     Fault("a new classifier of another size", another_classifier, "of another shape than when the plan was applied"),
     Fault("no classifier any more", lose, "no longer in the model"),
@@ -315,17 +361,12 @@ def said(fault: Fault, model: str) -> str:
             distributed.destroy_process_group()
 
 
-def models(fault: Fault) -> tuple[str, ...]:
-    """The models that a fault can be put into."""
-    return WITH_NORM if fault.norm else MODELS
-
-
 def page() -> str:
     """Return ``proof.md``."""
     clean = {model: said(Fault("none", nothing, ""), model) for model in (*MODELS, WITH_NORM[-1])}
     rows = []
     for fault in FAULTS:
-        answers = [said(fault, model) for model in models(fault)]
+        answers = [said(fault, model) for model in fault.models]
         named = sum(fault.cause in answer for answer in answers)
         line = next((line for line in answers[0].splitlines() if fault.cause in line), "nothing")
         by = "`verify()`" if fault.late else "`step()`"
@@ -336,11 +377,11 @@ def page() -> str:
             "# Faults, and what is said of them\n",
             NOTE,
             f"Each of {len(FAULTS)} faults is put into a short training of {', '.join(f'`{name}`' for name in MODELS)} "
-            f"(for those of batch norm `{WITH_NORM[-1]}` in the ViT's place), which seals, checks its optimizer and "
-            "calls `applied.step(epoch=e)` before each epoch. Those of `step()` go in between two epochs and are named "
-            "before the next; those of `verify()` go in after the last, against `seal(copy=True)`. The third column "
-            "is the line that names the cause, word for word, on the first model; the last counts the models on which "
-            "this cause was named.\n",
+            f"(`{WITH_NORM[-1]}` in the place of one that lacks what a fault needs: batch norm, or a part of which "
+            "some is frozen and some trained), which seals, checks its optimizer and calls `applied.step(epoch=e)` "
+            "before each epoch. Those of `step()` go in between two epochs and are named before the next; those of "
+            "`verify()` go in after the last, against `seal(copy=True)`. The third column is the line that names the cause, word "
+            "for word, on the first model; the last counts the models on which this cause was named.\n",
             f"Without a fault the same training says nothing on {quiet} of {len(clean)} models.\n",
             "| fault | by | what is said | named on |",
             "| --- | --- | --- | --- |",

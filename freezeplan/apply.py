@@ -32,10 +32,12 @@ class Pin:
     with the module that it belongs to.
     """
 
-    __slots__ = ("asked", "module", "whole")
+    __slots__ = ("asked", "module", "own", "whole")
 
     def __init__(self, module: nn.Module, whole: bool):
         self.module = module
+        self.own = module.__dict__.get("train")
+        """The ``train`` that other code gave this very module, which stands there again when the pin goes; or None."""
         self.whole = whole
         """Whether everything below stays in eval too; otherwise the mode is passed on."""
         self.asked = module.training
@@ -47,10 +49,18 @@ class Pin:
         if self.whole:
             _still(module)
         else:
-            type(module).train(module, mode)
+            _train(module, self.own, mode)
             module.training = False
             empty_cache(module)
         return module
+
+
+def _train(module: nn.Module, own: Any, mode: bool) -> None:
+    """Call a module's own ``train`` if other code gave it one, otherwise that of its class."""
+    if own is None:
+        type(module).train(module, mode)
+    else:
+        own(mode)
 
 
 def _still(module: nn.Module) -> None:
@@ -182,7 +192,10 @@ def unpin(live: names.Live) -> None:
     for _, module in live.walked:
         found = module.__dict__.get("train")
         if isinstance(found, Pin):
-            del module.__dict__["train"]
+            if found.own is None:
+                del module.__dict__["train"]
+            else:
+                module.__dict__["train"] = found.own
             if found.whole:
                 module.train(found.asked)
             else:

@@ -5,6 +5,7 @@ The sentences are likely causes. Each rests on a pattern that the other causes d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,13 +21,16 @@ stands still stays within 6e-4 of one float32 epsilon a step, and is mostly far 
 def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """Return the largest absolute difference of tensors of the same shapes, in their own units; 0 for empty ones.
 
+    It is NaN where any difference is.
+
     Examples:
         >>> largest_change([torch.zeros(2)], [torch.tensor([0.5, -1.0])])
         1.0
     """
     pairs = zip(before, after, strict=True)
     changes = (_double(b) - _double(a).to(b.device) for b, a in pairs if b.numel())
-    return max((float(change.abs().max()) for change in changes), default=0.0)
+    sizes = [float(change.abs().max()) for change in changes]
+    return math.nan if any(map(math.isnan, sizes)) else max(sizes, default=0.0)
 
 
 def relative_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float | None:
@@ -40,6 +44,20 @@ def relative_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float 
     return largest_change(before, after) / size if size else None
 
 
+def became_nan(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    """Whether a value is no number (NaN) now, where none was before as far as that is known.
+
+    Examples:
+        >>> became_nan([torch.ones(1)], [torch.tensor([float("nan")])]), became_nan([], [torch.ones(1)])
+        (True, False)
+    """
+    return _has_nan(after) and not _has_nan(before)
+
+
+def _has_nan(tensors: Sequence[Tensor]) -> bool:
+    return any(tensor.is_floating_point() and bool(_double(tensor).isnan().any()) for tensor in tensors)
+
+
 def pattern(before: Sequence[Tensor], after: Sequence[Tensor]) -> str:
     """Say what the change of a weight looks like; empty where it looks like nothing in particular.
 
@@ -48,13 +66,16 @@ def pattern(before: Sequence[Tensor], after: Sequence[Tensor]) -> str:
         after: The same tensors now, of the same shapes.
 
     Returns:
-        One of: ``rounded`` (to a half precision and back), ``shrunk`` (all values by one factor), ``drift`` (by
-        rounding only), ``unrelated`` (other values altogether), or nothing.
+        One of: ``rounded`` (to a half precision and back), ``shrunk`` (all values by one factor), ``decayed`` (each
+        towards zero, by other factors), ``drift`` (by rounding only), ``unrelated`` (other values altogether), or
+        nothing.
 
     Examples:
         >>> weight = torch.linspace(-1, 1, 32)
         >>> pattern([weight], [weight * 0.99]), pattern([weight], [weight.bfloat16().float()])
         ('shrunk', 'rounded')
+        >>> pattern([weight], [weight - 0.01 * weight.sign()])
+        'decayed'
         >>> pattern([weight], [weight + 1e-6]), pattern([weight], [weight.flip(0)]), pattern([weight], [weight + 0.1])
         ('drift', 'unrelated', '')
     """
@@ -69,12 +90,27 @@ def pattern(before: Sequence[Tensor], after: Sequence[Tensor]) -> str:
     factor, largest = product / size, float(one.abs().max())
     residual = float((two - factor * one).abs().max())
     one_factor = one.numel() > 1 and residual <= max(0.02 * (1 - factor), 1e-6) * largest
-    if one_factor and 1e-6 < 1 - factor < 1:
+    if one_factor and 1e-3 < factor < 1 - 1e-6:  # what is emptied is shrunk by no decay
         return "shrunk"
+    if _towards_zero(one, two):
+        return "decayed"
     if float((two - one).abs().max()) <= _ROUNDING * largest:
         return "drift"
     norm = float(two.norm()) * size**0.5
     return "unrelated" if one.numel() >= 16 and product < 0.3 * norm else ""
+
+
+def _towards_zero(before: Tensor, after: Tensor) -> bool:
+    """Whether each value moved towards zero, as a decay in the gradient does under Adam or RMSprop: a step of one size.
+
+    What is smaller than the largest change may cross zero, and what is zero has no decay. Enough values of both signs
+    are asked for that chance or a gradient of one sign do not look like it.
+    """
+    change = after - before
+    large = before.abs() > change.abs().max()
+    signs, still = before[large].sign(), before == 0
+    towards = bool((change[large] * signs < 0).all()) and not bool(change[still].any())
+    return towards and signs.numel() >= 16 and int(signs.max()) - int(signs.min()) == 2
 
 
 def _is_rounded(before: Sequence[Tensor], after: Sequence[Tensor], dtype: torch.dtype) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import warnings
 import weakref
@@ -25,6 +26,8 @@ from freezeplan.resolve import resolve
 from freezeplan.sharded import is_sharded
 
 _ATTRIBUTE = "_freezeplan"
+_LIVE: weakref.WeakSet[AppliedPlan] = weakref.WeakSet()
+"""Plans that were applied in this process and maybe undone since, those of copies too."""
 
 
 def resolve_plan(plan: PlanLike, model: nn.Module) -> Resolution:
@@ -77,7 +80,7 @@ def apply_plan(
         scheduler: Who multiplies. ``torch``: the multiplier is in the group's ``lr``; right for schedulers that
             multiply. ``timm``: it is in ``lr_scale``, which timm's schedulers apply (and nothing else does). ``any``:
             ``applied.attach(optimizer)`` multiplies inside ``optimizer.step()``, exact under every scheduler.
-        replace: Undo the plan that is live on this model first.
+        replace: Undo the plan that is live on this very model first.
         epochs: Epochs of the whole training, where a phase ends after a percentage of them.
         guard: Whether what ``applied.check`` does is also done where nobody calls it: in ``applied.step``, and at the
             first step of each optimizer that holds a parameter of the model, its second, fourth, eighth, and so on.
@@ -88,8 +91,8 @@ def apply_plan(
 
     Raises:
         PlanError: If the plan is not valid or does not fit the model.
-        ApplyError: If another plan is live on the model, ``lr``, ``weight_decay`` or ``epochs`` is needed and missing,
-            or a tensor's rate differs between phases and the scheduler is not ``any``.
+        ApplyError: If another plan is live on the model or on modules of it, ``lr``, ``weight_decay`` or ``epochs`` is
+            needed and missing, or a tensor's rate differs between phases and the scheduler is not ``any``.
         ModelError: If ``reinit`` is asked for and the model cannot be created anew.
 
     Warns:
@@ -118,6 +121,7 @@ def apply_plan(
             f"the plan {other.plan.title!r} is live on this model",
             notes=["undo() it first, or apply_plan(..., replace=True)"],
         )
+    _check_alone(inner, live)
     apply.check_groups(resolution, lr=lr, weight_decay=weight_decay, scheduler=scheduler)
     phases.phase_at(resolution.plan.phases, phases.Progress(), epochs)
     apply.reinitialise(inner, resolution, torch.initial_seed())
@@ -131,6 +135,7 @@ def apply_plan(
     if guard:
         handle._guarded = True
         steps.watch(handle, AppliedPlan._stepping)
+    _LIVE.add(handle)
     for use in resolution.weak:
         warnings.warn(": ".join(filter(None, (use.where, use.warning))), FreezePlanWarning, stacklevel=2)
     return handle
@@ -484,7 +489,8 @@ class AppliedPlan:
         """Compare what is frozen with the seal, bit by bit.
 
         Returns:
-            True in a condition if everything held; otherwise it names what moved and the likely cause.
+            True in a condition if everything held; otherwise it names what moved and the likely cause. It says so where
+            the plan freezes nothing in all of its phases.
 
         Raises:
             ApplyError: If there is no seal.
@@ -696,6 +702,10 @@ class AppliedPlan:
         seal = self._seal and dataclasses.replace(self._seal, places={})
         return {**self.__dict__, "_multiplier": None, "_seal": seal, "_optimizers": [], "_seen": {}, "_memoised": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _LIVE.add(self)
+
     def __enter__(self) -> AppliedPlan:
         return self
 
@@ -711,6 +721,31 @@ class AppliedPlan:
     def _check_live(self) -> None:
         if applied(self.model) is not self:
             raise ApplyError(f"the plan {self.plan.title!r} is no longer live on this model: it was undone or replaced")
+
+
+def _check_alone(model: nn.Module, live: names.Live) -> None:
+    """Refuse a plan beside one that is live on other modules than these, some of which are the same."""
+    mine = {id(module): name for name, module in reversed(live.walked)}
+    if _overlap(model, mine):
+        gc.collect()  # a plan on a model that nobody holds any more could not be undone by anybody
+    found = _overlap(model, mine)
+    if found:
+        raise ApplyError(found, notes=["undo() it first: each of the two would undo the other's flags and modes"])
+
+
+def _overlap(model: nn.Module, mine: Mapping[int, str]) -> str:
+    """Say which plan is live on a part of a model, on what it is a part of, or on what shares a part with it."""
+    for other in list(_LIVE):
+        held, title = other.model, other.plan.title
+        if held is model or held.__dict__.get(_ATTRIBUTE) is not other:
+            continue
+        if id(held) in mine:
+            return f"the plan {title!r} is live on {mine[id(held)]!r}, a part of this model"
+        name, shared = next(((name, part) for name, part in names.walk(held) if id(part) in mine), ("", None))
+        if shared is not None:
+            here = "this model" if shared is model else f"{mine[id(shared)]!r} of this model"
+            return f"the plan {title!r} is live on {other.resolution.model}, whose part {name!r} is {here}"
+    return ""
 
 
 def _world_size() -> int:

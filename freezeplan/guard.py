@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,7 +22,8 @@ class Moved:
 
     name: str
     max_abs: float | None
-    """Largest absolute change, in the tensor's own units; None if the seal holds no copy or the shape changed."""
+    """Largest absolute change, in the tensor's own units; None if the seal holds no copy, the shape changed, or a value
+    is no number."""
     relative: float | None
     """The same over the largest absolute value before; None also where all of that was zero."""
     cause: str
@@ -45,6 +47,8 @@ class Verification:
         return not self.moved
 
     def __str__(self) -> str:
+        if not self.checked:
+            return "nothing to hold: the plan freezes no tensor and no buffer from its first epoch to its last"
         if not self.moved:
             return f"held: {self.checked} frozen tensors and buffers are bit-identical"
         lines = map(str, self.moved)
@@ -52,19 +56,32 @@ class Verification:
 
 
 class Loads:
-    """Counts how often weights were loaded into a module; a hook that ``load_state_dict`` calls and a copy keeps."""
+    """What ``load_state_dict`` wrote last: a hook that it calls; it keeps nothing alive, and a copy knows no writes."""
 
     def __init__(self, module: nn.Module):
         self.count = 0
+        self.versions: dict[int, int] = {}
+        """``id`` of a tensor -> torch's count of writes to it, after the last load."""
         self._handle = module.register_load_state_dict_post_hook(self)  # type: ignore[no-untyped-call]
 
     def __call__(self, module: nn.Module, keys: object) -> None:
         """Count one."""
         self.count += 1
+        tensors = (*module.parameters(), *module.buffers())
+        self.versions = {id(tensor): tensor._version for tensor in tensors if not tensor.is_inference()}
+
+    def wrote(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether weights were loaded and nothing, as far as is known, has written these tensors since."""
+        return self.count > 0 and not any(
+            tensor._version > self.versions[id(tensor)] for tensor in tensors if id(tensor) in self.versions
+        )
 
     def remove(self) -> None:
         """Take the hook away."""
         self._handle.remove()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "versions": {}}
 
 
 @dataclass(frozen=True)
@@ -149,19 +166,24 @@ def compare(
     """
     now = dict(still(model, resolution))
     broken = [name for name, sealed in seal.digests.items() if name not in now or digest(now[name]) != sealed]
-    moved = []
-    for name in broken:
+    moved, exchanged = [], set()
+    for name in broken:  # parameters first
         tensors, copies = now.get(name, []), seal.copies.get(name, ())
+        loaded = seal.loads.wrote(tensors)
         if not tensors:
             cause = "it is no longer in the model"
         elif isinstance(tensors[0], nn.Parameter):
-            cause = _parameter_cause(tensors, copies, seal.places.get(name, ()), seal.loads.count, list(optimizers))
+            cause = _parameter_cause(tensors, copies, seal.places.get(name, ()), loaded, list(optimizers))
+            if cause == _EXCHANGED:
+                exchanged.add(names.owner(name))
+        elif names.owner(name) in exchanged and _others(seal.places.get(name, ()), tensors):
+            cause = _EXCHANGED
         else:
             in_train = any(module.training for module in names.modules(model).get(names.owner(name), []))
             counter = _counter(name)
             ran = _rise(seal.copies.get(counter), now.get(counter)) if counter in broken else 0
-            cause = _buffer_cause(in_train, ran, loaded=seal.loads.count)
-        moved.append(Moved(name, *_amount(copies, tensors), cause))
+            cause = _buffer_cause(in_train, ran, loaded=loaded)
+        moved.append(_moved(name, copies, tensors, cause))
     return Verification(len(seal.digests), tuple(moved))
 
 
@@ -208,24 +230,40 @@ def compare_states(
             cause = _changed_kind(places, two) if kinds else _pattern_cause(one, two) or _UNKNOWN
         else:
             counter = _counter(name)
-            cause = _buffer_cause(False, _rise(files[0].get(counter), files[1].get(counter)), loaded=0)
-        moved.append(Moved(name, *_amount(one, two), cause))
+            cause = _buffer_cause(False, _rise(files[0].get(counter), files[1].get(counter)), loaded=False)
+        moved.append(_moved(name, one, two, cause))
     return Verification(len(wanted), tuple(moved))
 
 
 _UNKNOWN = "other code wrote it: an optimizer that holds it, an average of weights, or a loader"
+_EXCHANGED = "its data was exchanged: to_empty emptied it, or averaged weights (EMA) or others were swapped in"
 _PATTERNS = {
     "rounded": "its values were rounded to half precision and back",
     "shrunk": "weight decay on a zero gradient: all its values shrank by one factor; an optimizer holds it",
+    "decayed": "weight decay on a zero gradient: each of its values moved towards zero, as under Adam or RMSprop; an "
+    "optimizer holds it",
     "drift": "it moved by rounding only: an average of weights (EMA) was put in its place",
     "unrelated": "it has other values altogether: a loader or an initialisation overwrote it",
 }
 
 
+def _moved(name: str, before: Sequence[Tensor], after: Sequence[Tensor], cause: str) -> Moved:
+    """What moved; values that are no numbers are said ahead of the cause, and no amount is said of them."""
+    if evidence.became_nan(before, after):
+        cause = f"it holds values that are not numbers (NaN); {cause}"
+    return Moved(name, *_amount(before, after), cause)
+
+
 def _amount(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float | None, float | None]:
     if not before or [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
         return None, None
-    return evidence.largest_change(before, after), evidence.relative_change(before, after)
+    change = evidence.largest_change(before, after)
+    return (None, None) if math.isnan(change) else (change, evidence.relative_change(before, after))
+
+
+def _others(sealed: Sequence[Place], tensors: Sequence[Tensor]) -> bool:
+    """Whether these are other objects than those that were sealed; False where that is not known."""
+    return bool(sealed) and [found.object for found in sealed] != [id(tensor) for tensor in tensors]
 
 
 def _changed_kind(before: Sequence[Place], after: Sequence[Tensor]) -> str:
@@ -240,14 +278,14 @@ def _parameter_cause(
     tensors: Sequence[Tensor],
     copies: Sequence[Tensor],
     sealed: Sequence[Place],
-    loads: int,
+    loaded: bool,
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> str:
     """The likely cause, the surest evidence first."""
     if any(tensor.requires_grad for tensor in tensors):
         return "requires_grad was set back to True by other code"
     places = [place(tensor) for tensor in tensors]
-    if sealed and [found.object for found in places] != [found.object for found in sealed]:
+    if _others(sealed, tensors):
         return (
             "the parameter was replaced after the plan was applied: load_state_dict(assign=True), to_empty, "
             "reset_classifier or fully_shard"
@@ -255,7 +293,7 @@ def _parameter_cause(
     if sealed and [found.kind for found in places] != [found.kind for found in sealed]:
         return _changed_kind(sealed, tensors)
     looks = evidence.pattern(copies, tensors) if copies else ""
-    if looks in ("shrunk", "rounded"):
+    if looks in ("shrunk", "decayed", "rounded"):
         return _PATTERNS[looks] + _holder(tensors, optimizers)
     if any(tensor.grad is not None for tensor in tensors):
         return "a gradient was left on it, and an optimizer outside the plan used it" + _holder(tensors, optimizers)
@@ -264,10 +302,10 @@ def _parameter_cause(
         return f"an optimizer holds it{holder}"
     if looks == "drift":
         return _PATTERNS[looks]
-    if loads:
+    if loaded:
         return "load_state_dict wrote it: a loader, or averaged weights (EMA) swapped in"
     if sealed and [found.data for found in places] != [found.data for found in sealed]:
-        return "its data was exchanged: averaged weights (EMA) or others were swapped in"
+        return _EXCHANGED
     return _PATTERNS.get(looks, _UNKNOWN)
 
 
@@ -292,7 +330,7 @@ def _rise(before: Sequence[Tensor] | None, after: Sequence[Tensor] | None) -> in
     return int(after[0]) - int(before[0])
 
 
-def _buffer_cause(in_train: bool, ran: int | None, *, loaded: int) -> str:
+def _buffer_cause(in_train: bool, ran: int | None, *, loaded: bool) -> str:
     if in_train:
         return "its module is in train: something set .training by hand"
     if ran is None or ran > 0:

@@ -189,7 +189,8 @@ def timm_version(model: nn.Module) -> str:
 def reentrant(model: nn.Module) -> str:
     """Return what of a model checkpoints its activations with ``use_reentrant=True``; empty if nothing does.
 
-    timm's models do where ``grad_checkpointing`` is on and ``set_reentrant_ckpt(True)`` was called.
+    timm's models do where ``grad_checkpointing`` is on and ``set_reentrant_ckpt(True)`` was called; those of
+    transformers where that is asked for, unless they give their embeddings' output a gradient, as those of text do.
 
     Examples:
         >>> reentrant(create_model("test_vit"))
@@ -197,12 +198,17 @@ def reentrant(model: nn.Module) -> str:
     """
     import timm
 
+    needs_gradient = any(getattr(module, "_require_grads_hooks", None) for module in model.modules())
     for name, module in model.named_modules():
         implementation = getattr(module, "checkpoint_impl", None)
         if getattr(implementation, "name", "") == "REENTRANT":
             return repr(names.canonical_module(name))
         if getattr(module, "grad_checkpointing", False) is True and timm.layers.use_reentrant_ckpt():
             return repr(name) if name else title(model)
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        asked = isinstance(function, functools.partial) and function.keywords.get("use_reentrant")
+        if asked and getattr(module, "gradient_checkpointing", False) and not needs_gradient:
+            return repr(names.canonical_module(name)) if name else title(model)
     return ""
 
 

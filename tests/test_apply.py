@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import timm
@@ -14,7 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils.parametrizations import weight_norm
 
 import freezeplan
-from freezeplan import apply_plan, load_plan
+from freezeplan import apply, apply_plan, load_plan
 from freezeplan.errors import ApplyError, FreezePlanWarning, ModelError
 from freezeplan.names import canonical
 
@@ -238,6 +239,51 @@ def test_a_second_plan_is_refused_unless_it_replaces(toy):
     assert training(toy) == {name for name, _ in toy.named_modules()}
     second.undo()
     assert leftovers(toy) == {name: set() for name, _ in toy.named_modules()}
+
+
+ALL = plan_of(CATCH_ALL)
+
+
+def planned(model):
+    apply_plan(model, {**ALL, "name": "first"})
+    return model
+
+
+OVERLAPS = [
+    pytest.param(lambda m: (planned(m.body), m), "on 'body', a part of this model", id="part"),
+    pytest.param(lambda m: (planned(m), m.body), "on Toy, whose part 'body' is this model", id="whole"),
+    pytest.param(
+        lambda m: (planned(m), nn.Sequential(nn.ReLU(), m.body[0])),
+        "on Toy, whose part 'body.0' is '1' of this model",
+        id="shared",
+    ),
+    pytest.param(
+        lambda m: (twin := copy.deepcopy(planned(m)), twin.body), "on Toy, whose part 'body' is this model", id="copy"
+    ),
+]
+
+
+@pytest.mark.parametrize(("pair", "where"), OVERLAPS)
+def test_a_plan_on_modules_of_another_is_refused(toy, pair, where):
+    """A part, the whole, what shares a part, a part of a copy: refused until the first plan is undone."""
+    first, second = pair(toy)
+    for replace in (False, True):
+        with pytest.raises(ApplyError) as error:
+            apply_plan(second, ALL, replace=replace)
+        assert str(error.value) == (
+            f"the plan 'first' is live {where}\n"
+            "  undo() it first: each of the two would undo the other's flags and modes"
+        )
+    freezeplan.applied(first).undo()
+
+    assert freezeplan.applied(apply_plan(second, ALL).model)
+
+
+def test_a_plan_whose_model_is_gone_is_in_nobodys_way(toy):
+    """A model that nobody holds any more is not waited for, though it lies in a cycle with its plan."""
+    apply_plan(nn.Sequential(toy.body), ALL)
+
+    assert apply_plan(toy, ALL)
 
 
 def test_a_replaced_plan_says_so(toy):
@@ -526,6 +572,35 @@ def test_a_copys_pins_belong_to_the_copy(toy):
     assert freezeplan.applied(toy) is live
     toy.train()
     assert training(toy) == {"", "head"}
+
+
+class Still(Nested):
+    """A part whose ``train`` other code can replace by ``stay``."""
+
+    asked = None
+
+    def stay(self, mode=True):
+        self.asked = mode
+        return self
+
+
+@pytest.mark.parametrize("carry", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_train_that_other_code_put_there_comes_back(carry):
+    """A pin passes the mode on to a module's own ``train`` and gives it back; in a copy it is the copy's."""
+    model = nn.ModuleDict({"part": Still()})
+    model["part"].train = model["part"].stay
+    apply_plan(model, plan_of({"match": "part.scale", "frozen": True}, CATCH_ALL))
+    model = carry(model)
+    part = model["part"]
+    pinned = vars(part)["train"]
+    model.train()
+    assert (type(pinned), part.asked, training(model)) == (apply.Pin, True, {"", "part.child"})
+    freezeplan.applied(model).undo()
+    assert training(model) == {name for name, _ in model.named_modules()}
+    model.eval()
+
+    assert (vars(part)["train"].__func__, vars(part)["train"].__self__) == (Still.stay, part)
+    assert (part.asked, training(model)) == (False, {"part", "part.child", "part.drop"})
 
 
 def test_a_whole_model_is_saved_with_its_plan(toy):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from freezeplan import apply_plan
+import freezeplan
+from freezeplan import apply_plan, evidence
 from freezeplan.errors import ApplyError
 
 PLAN = {"version": 1, "rules": [{"match": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}]}
@@ -216,6 +219,177 @@ def test_with_a_copy_the_amount_is_said(toy, live, move, line):
     move(toy)
 
     assert str(live.verify()) == f"1 of 7 frozen tensors and buffers moved\n{line}"
+
+
+DECAYS = [
+    pytest.param(torch.optim.SGD, {"momentum": 0.9}, "all its values shrank by one factor", id="SGD"),
+    pytest.param(torch.optim.AdamW, {}, "all its values shrank by one factor", id="AdamW"),
+    pytest.param(torch.optim.Adam, {}, "each of its values moved towards zero, as under Adam or RMSprop", id="Adam"),
+    pytest.param(torch.optim.NAdam, {}, "each of its values moved towards zero, as under Adam or RMSprop", id="NAdam"),
+    pytest.param(
+        torch.optim.RMSprop, {}, "each of its values moved towards zero, as under Adam or RMSprop", id="RMSprop"
+    ),
+]
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize(("optimizer", "arguments", "looks"), DECAYS)
+def test_weight_decay_on_a_gradient_of_zeros_is_named(optimizer, arguments, looks, steps):
+    """Whatever the optimizer makes of the decay, also where values that are smaller than its step cross zero."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"body": nn.Linear(20, 20), "head": nn.Linear(20, 2)})
+    with torch.no_grad():
+        model["body"].weight[0] = 0
+    live = apply_plan(model, PLAN)
+    live.seal(copy=True)
+    careless = optimizer([model["body"].weight], lr=1e-3, weight_decay=0.05, **arguments)
+    for _ in range(steps):
+        model["body"].weight.grad = torch.zeros(20, 20)
+        careless.step()
+    (moved,) = live.verify().moved
+
+    assert moved.cause == f"weight decay on a zero gradient: {looks}; an optimizer holds it"
+
+
+def noise(weight):
+    return 1e-3 * torch.randn_like(weight)
+
+
+def a_shift(weight):
+    return torch.full_like(weight, -1e-3)
+
+
+def most(weight):
+    return -1e-3 * weight.sign() * (weight != weight.max())
+
+
+@pytest.mark.parametrize("change", [noise, a_shift, most])
+def test_other_changes_do_not_look_like_weight_decay(change):
+    """Noise, a constant and a change of all values but one have no cause that their looks give."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        weight = torch.randn(20)
+        assert evidence.pattern([weight], [weight + change(weight)]) == ""
+
+
+@pytest.fixture
+def empty_is_nan():
+    """What is empty holds NaN and the largest integer, not whatever the memory held."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+EXCHANGED = "its data was exchanged: to_empty emptied it, or averaged weights (EMA) or others were swapped in"
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_to_empty_on_the_same_device_is_named(toy, live, empty_is_nan, copied):
+    """The parameters stay the same objects; what became of buffers is no statistics of batches, nor is the counter."""
+    live.seal(copy=copied)
+    toy.to_empty(device="cpu")
+
+    assert [str(moved).rpartition("; ")[2] for moved in live.verify().moved[:6]] == [EXCHANGED] * 6
+    assert live.verify().moved[6].cause == EXCHANGED
+
+
+def test_a_move_and_live_statistics_are_no_to_empty(toy, live):
+    """A cast to and fro replaces buffers too, but its parameters hold."""
+    live.seal(copy=True)
+    toy.double().float()
+    toy.body[1].training = True
+    toy(torch.randn(3, 4))
+    toy.body[1].training = False
+
+    assert {moved.cause for moved in live.verify().moved} == {
+        "live BatchNorm statistics: its module ran in train for 1 batch"
+    }
+
+
+def test_what_was_emptied_to_nearly_nothing_is_no_decay():
+    """A thousandth that is left is no weight decay."""
+    weight = torch.ones(32)
+    assert (evidence.pattern([weight], [weight * 0.01]), evidence.pattern([weight], [weight * 1e-5])) == ("shrunk", "")
+
+
+LOADED = "load_state_dict wrote it: a loader, or averaged weights (EMA) swapped in"
+
+
+def loaded(toy, change):
+    state = copy.deepcopy(toy.state_dict())
+    for name in ("body.0.weight", "body.1.running_mean"):
+        state[name] += change
+    toy.load_state_dict(state)
+
+
+def test_a_load_is_the_cause_of_what_nothing_wrote_since(toy, live):
+    """Loading the weights that are there already is not the cause of what other code writes later."""
+    live.seal()
+    loaded(toy, 0)
+    held = live.verify()
+    write_directly(toy)
+    write_a_buffer(toy)
+    written = [moved.cause for moved in live.verify().moved]
+    loaded(toy, 1)
+    again = [moved.cause for moved in live.verify().moved]
+
+    assert held
+    assert written == [
+        "other code wrote it: an optimizer that holds it, an average of weights, or a loader",
+        "a buffer was written by other code: a loader, an average of weights, or a reset of statistics",
+    ]
+    assert again == [LOADED, LOADED]
+
+
+def test_a_load_before_the_model_was_copied_counts_in_the_copy(toy, live):
+    """The copy's tensors lie elsewhere, so what was written to them since is not known."""
+    live.seal()
+    loaded(toy, 1)
+    twin = copy.deepcopy(toy)
+
+    assert [moved.cause for moved in freezeplan.applied(twin).verify().moved] == [LOADED, LOADED]
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_values_that_are_no_numbers_are_named_before_the_cause(toy, live, copied):
+    """A value that is NaN is said as such, of parameters and buffers, and no amount is."""
+    live.seal(copy=copied)
+    with torch.no_grad():
+        toy.body[0].weight[0, 0] = torch.nan
+    toy.body[1].running_mean[1] = torch.nan
+    found = live.verify()
+
+    assert str(found).splitlines()[1:] == [
+        "body.0.weight: it holds values that are not numbers (NaN); "
+        "other code wrote it: an optimizer that holds it, an average of weights, or a loader",
+        "body.1.running_mean: it holds values that are not numbers (NaN); "
+        "a buffer was written by other code: a loader, an average of weights, or a reset of statistics",
+    ]
+    assert [(moved.max_abs, moved.relative) for moved in found.moved] == [(None, None)] * 2
+
+
+def test_values_that_were_no_numbers_before_are_no_cause(toy, live):
+    """What was NaN already moved for another reason; by how much is not known."""
+    with torch.no_grad():
+        toy.body[0].weight[0, 0] = torch.nan
+    live.seal(copy=True)
+    write_directly(toy)
+
+    assert str(live.verify()).splitlines()[1:] == [
+        "body.0.weight: other code wrote it: an optimizer that holds it, an average of weights, or a loader"
+    ]
+
+
+def test_a_plan_that_freezes_nothing_has_nothing_to_hold(toy):
+    """It is said plainly, and is no failure."""
+    live = apply_plan(toy, {"version": 1, "rules": [{"match": ".*", "lr_mult": 1}]})
+    live.seal()
+    train(toy, torch.optim.SGD(live, lr=0.1))
+
+    assert bool(live.verify()) is True
+    assert str(live.verify()) == (
+        "nothing to hold: the plan freezes no tensor and no buffer from its first epoch to its last"
+    )
 
 
 def test_a_new_seal_starts_anew(toy, live):

@@ -17,16 +17,21 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
     Trainer,
     TrainerState,
     TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from freezeplan import apply_plan
 from freezeplan.errors import ApplyError, MissingExtraError
 from freezeplan.integrations.huggingface import FreezePlanCallback, create_optimizer
+from freezeplan.zoo import reentrant
 
 torch.set_num_threads(1)
 
@@ -350,3 +355,40 @@ def test_accelerate_is_the_plain_loop(plan: Any, stop: int | None, plain: Any, t
 
     assert plain.difference(model.state_dict(), other.state_dict()) <= 1e-6
     assert live.verify()
+
+
+TINY = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+def test_reentrant_checkpointing_of_transformers_is_named() -> None:
+    """A model of images that transformers checkpoints reentrantly gets no gradient behind a frozen prefix."""
+    model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **TINY))
+    rules = [{"match": r"vit\.embeddings|vit\.layers\.0", "frozen": True}, {"match": ".*", "lr_mult": 1}]
+    live = apply_plan(model, {"version": 1, "rules": rules})
+    missing, said = [], []
+    for way in (False, True):
+        model.activation_checkpointing_enable({"use_reentrant": way})
+        model.train()(pixel_values=torch.zeros(2, 3, 8, 8)).logits.sum().backward()
+        missing.append(sum(p.requires_grad and p.grad is None for p in model.vit.layers.parameters()))
+        model.zero_grad()
+        try:
+            live.check()
+        except ApplyError as error:
+            said.append(str(error).splitlines()[0])
+
+    assert missing == [0, 16]
+    assert said == [
+        "'vit.layers.0' checkpoints with use_reentrant=True behind a frozen prefix: "
+        "'vit.layers.1.attention.q_proj.weight' and what else is in its segment get no gradient, without an error"
+    ]
+
+
+def test_a_model_of_text_gives_its_checkpoints_a_gradient() -> None:
+    """transformers hooks its embeddings then, so that nothing is lost until the hook is gone."""
+    model = BertForSequenceClassification(BertConfig(vocab_size=9, **TINY))
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    hooked = reentrant(model)
+    model.disable_input_require_grads()
+
+    assert (hooked, reentrant(model)) == ("", "'bert'")

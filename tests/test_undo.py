@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,21 @@ CASES = [pytest.param(f, e, id=f, marks=() if f in QUICK else pytest.mark.slow) 
 PRESETS = ("linear_probe", "bitfit", "gradual_unfreeze")
 
 
+def stay(self: nn.Module, mode: bool = True) -> nn.Module:
+    """A common stand-in for ``train`` that holds a part in eval."""
+    return self
+
+
 def partly_frozen(entry: dict[str, Any]) -> nn.Module:
-    """A model on the meta device, partly frozen and partly in eval already, with gradients and a hook of its own."""
+    """A model on the meta device, partly frozen and partly in eval already, some of it by a ``train`` of its own."""
     model = create_model(entry["model"], num_classes=10, meta=True, **entry["arguments"])
     parameters = list(model.parameters())
     for parameter in parameters[::3]:
         parameter.requires_grad_(False)
     for module in list(model.modules())[::4]:
         module.training = False
+    for module in list(model.modules())[4::8]:
+        module.train = types.MethodType(stay, module)  # type: ignore[method-assign]
     model.register_forward_hook(lambda *_: None)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
