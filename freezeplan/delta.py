@@ -24,6 +24,7 @@ from freezeplan.load import load_plan
 from freezeplan.plan import Plan
 from freezeplan.resolution import Resolution
 from freezeplan.sharded import put, whole, writes
+from freezeplan.whole import whole_file
 
 _FORMAT = "freezeplan-delta-1"
 _KEYS = ("plan", "phase", "model", "timm", "base", "held")
@@ -97,15 +98,14 @@ def save(model: nn.Module, resolution: Resolution, phase: str, path: str | Path)
 
 
 def write(tensors: Mapping[str, Tensor], header: Mapping[str, str] | None, path: Path) -> None:
-    """Write a safetensors file under a temporary name, then rename it.
+    """Write a safetensors file: whole, or not at all.
 
     Raises:
-        OutputError: If it cannot be written.
+        OutputError: If it cannot be written. What was at ``path`` stays.
     """
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        save_file(dict(tensors), temporary, metadata=None if header is None else dict(header))
-        temporary.replace(path)
+        with whole_file(path) as temporary:
+            save_file(dict(tensors), temporary, metadata=None if header is None else dict(header))
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
 

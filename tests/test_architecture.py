@@ -13,6 +13,7 @@ PACKAGE = Path(freezeplan.__file__).parent
 
 CORE = [
     "errors",
+    "whole",
     "source",
     "patterns",
     "plan",
@@ -69,6 +70,7 @@ ONLY = {"timm": {"zoo"}, "rich": {"render"}, "matplotlib": {"picture"}, "typer":
 """Package -> the modules of the core that may import it."""
 
 NO_TORCH = {
+    "whole",
     "patterns",
     "store",
     "resolution",

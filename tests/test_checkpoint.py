@@ -83,7 +83,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
     assert told == [f"{tmp_path / 'arm.checkpoint'}: damaged, left aside; what was written before it is used"]
     (tmp_path / "arm.previous").write_bytes(b"")
     assert checkpoint.load() is None
-    assert not (tmp_path / "arm.tmp").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["arm.checkpoint", "arm.previous"]
 
 
 def test_another_run_is_not_gone_on_with(tmp_path):

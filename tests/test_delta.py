@@ -293,12 +293,15 @@ def test_a_file_that_is_no_delta_is_named(file, change, said):
 
 
 def test_where_a_delta_cannot_be_written(tmp_path):
-    """A folder that does not exist is named."""
-    path = tmp_path / "missing" / "probe.safetensors"
-    with pytest.raises(OutputError) as error:
-        apply_plan(make(), PROBE).save_delta(path)
+    """A folder that does not exist, or is where the file should be, is named; nothing half-written is left."""
+    (tmp_path / "folder").mkdir()
+    live = apply_plan(make(), PROBE)
+    for path in (tmp_path / "missing" / "probe.safetensors", tmp_path / "folder"):
+        with pytest.raises(OutputError) as error:
+            live.save_delta(path)
 
-    assert str(error.value).startswith(f"cannot write {str(path)!r}: ")
+        assert str(error.value).startswith(f"cannot write {str(path)!r}: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 @pytest.mark.slow

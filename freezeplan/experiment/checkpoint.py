@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from freezeplan.errors import OutputError
+from freezeplan.whole import flush, whole_file
 
 FOLDER = "unfinished"
 """Inside the folder of results, until they are written."""
@@ -37,17 +37,13 @@ class Checkpoint:
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
         content = buffer.getvalue()
-        temporary = self.path.with_suffix(".tmp")
         try:
-            with temporary.open("wb") as file:
-                file.write(hashlib.sha256(content).digest() + content)
-                file.flush()
-                os.fsync(file.fileno())
-            if self.path.exists():
-                self.path.replace(self._previous)
-            temporary.replace(self.path)
+            with whole_file(self.path) as temporary:
+                temporary.write_bytes(hashlib.sha256(content).digest() + content)
+                flush(temporary)
+                if self.path.exists():
+                    self.path.replace(self._previous)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             reason = error.strerror or type(error).__name__
             notes = ["make room and go on with --resume"]
             raise OutputError(f"no checkpoint can be written: {reason}", where=str(self.path), notes=notes) from error
@@ -123,9 +119,8 @@ def open_checkpoints(
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = about.with_suffix(".tmp")
-        temporary.write_text(json.dumps(wanted, indent=2), encoding="utf-8")
-        temporary.replace(about)
+        with whole_file(about) as temporary:
+            temporary.write_text(json.dumps(wanted, indent=2), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot be written to: {error.strerror}", where=str(out)) from error
     return Checkpoints(folder, warn)

@@ -25,6 +25,7 @@ from freezeplan.experiment.weights import LECTURE
 from freezeplan.load import load_plan
 from freezeplan.picture import draw
 from freezeplan.resolve import resolve
+from freezeplan.whole import whole_file
 
 NAME = "report.html"
 SIDE = 96
@@ -169,12 +170,10 @@ def write_report(path: Path, html: str) -> None:
     Raises:
         OutputError: If it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        temporary.write_text(html, encoding="utf-8")
-        temporary.replace(path)
+        with whole_file(path) as temporary:
+            temporary.write_text(html, encoding="utf-8")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OutputError(f"cannot be written: {error.strerror}", where=str(path)) from None
 
 
