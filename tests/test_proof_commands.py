@@ -240,9 +240,110 @@ def test_a_checkpoint_never_runs_code(tmp_path, capsys):
     with pytest.raises(WeightsError) as empty:
         read_state(path)
 
-    assert str(error.value).startswith(f"{path}: cannot be read as a checkpoint with weights_only=True (")
+    assert str(error.value) == (
+        f"{path}: asks for print; a checkpoint holds tensors, and nothing in a file is executed\n"
+        "  save the model's state_dict, best as a safetensors file, and give that"
+    )
     assert str(empty.value) == f"{path}: holds no tensors"
     assert "executed" not in capsys.readouterr().out
+
+
+DAMAGED = (
+    "cannot be read as a checkpoint\n  it is damaged, or no file that torch.save wrote; a safetensors file is called "
+)
+
+
+def holding_itself(path):
+    content = {}
+    content["model"] = content
+    torch.save(content, path)
+
+
+def with_a_name(path):
+    torch.save({"a\x1b[2J": torch.zeros(1)}, path)
+
+
+STATES = [
+    pytest.param(
+        "a.pth",
+        lambda path: torch.save(torch.nn.Linear(1, 1), path),
+        "asks for torch.nn.modules.linear.Linear; a checkpoint holds tensors, and nothing in a file is executed\n"
+        "  save the model's state_dict, best as a safetensors file, and give that",
+        id="whole-model",
+    ),
+    pytest.param(
+        "a.pth",
+        lambda path: path.write_bytes(b"\x80\x02cos\x1b[2J\nsystem\n."),
+        "asks for os\\x1b[2J.system; a checkpoint holds tensors, and nothing in a file is executed\n"
+        "  save the model's state_dict, best as a safetensors file, and give that",
+        id="escape-in-what-it-asks-for",
+    ),
+    pytest.param("a.pth", lambda path: path.write_bytes(b"eoo" * 99), f"{DAMAGED}.safetensors", id="junk"),
+    pytest.param("a.pth", lambda path: path.write_bytes(b""), f"{DAMAGED}.safetensors", id="empty"),
+    pytest.param(
+        "a.pth", lambda path: path.write_bytes(b"\x80\x02" + b"]" * 99_999), f"{DAMAGED}.safetensors", id="deep"
+    ),
+    pytest.param(
+        "a.pth", lambda path: path.mkdir(), "is a folder\n  expected a safetensors file or a checkpoint", id="folder"
+    ),
+    pytest.param(
+        "a.safetensors",
+        lambda path: path.write_bytes(b"no"),
+        "cannot be read as safetensors (Error while deserializing header: header too small)\n"
+        "  it is damaged, or something else",
+        id="safetensors",
+    ),
+    pytest.param("a.pth", holding_itself, "holds no tensors", id="holds-itself"),
+    pytest.param("a.pth", with_a_name, "holds a tensor whose name cannot be printed, 'a\\x1b[2J'", id="name"),
+    pytest.param(
+        "a.pth",
+        lambda path: torch.save({"a": torch.zeros(1).expand(10**12)}, path),
+        "holds 'a', 1,000,000,000,000 values of float32 that are not written out in its {size} bytes",
+        id="one-value-many-times",
+    ),
+    pytest.param(
+        "a.pth",
+        lambda path: torch.save({"a": torch.zeros(2, device="meta")}, path),
+        "holds 'a', 2 values of float32 that are not written out in its {size} bytes",
+        id="meta",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "write", "said"), STATES)
+def test_files_that_are_no_weights(tmp_path, name, write, said):
+    """One sentence and what to do; torch's advice to trust the file is not passed on."""
+    path = tmp_path / name
+    write(path)
+    with pytest.raises(WeightsError) as error:
+        read_state(path)
+
+    assert str(error.value) == f"{path}: {said.replace('{size}', f'{path.stat().st_size:,}')}"
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    """The system's own reason."""
+
+    def locked(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
+    monkeypatch.setattr(torch, "load", locked)
+    with pytest.raises(WeightsError) as error:
+        read_state(tmp_path / "a.pth")
+
+    assert str(error.value) == f"{tmp_path / 'a.pth'}: cannot be read (Permission denied)"
+
+
+def test_averages_are_taken_where_they_are_asked_for(tmp_path):
+    """What was trained for a proof, the average for a start; counters beside them are neither."""
+    own, average = {"a": torch.ones(1)}, {"a": torch.zeros(1)}
+    for key in ("state_dict_ema", "model_ema"):
+        torch.save({"epoch": torch.tensor(3), "model": own, key: average}, tmp_path / "a.pth")
+        assert read_state(tmp_path / "a.pth") == own
+        assert read_state(tmp_path / "a.pth", averages=True) == average
+    torch.save({"state_dict": own}, tmp_path / "a.pth")
+    assert read_state(tmp_path / "a.pth", averages=True) == own
 
 
 @pytest.fixture
