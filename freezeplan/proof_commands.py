@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from freezeplan import render
-from freezeplan.errors import FreezePlanError, WeightsError
+from freezeplan.errors import FreezePlanError, OutputError, PlanError, WeightsError
 
 if TYPE_CHECKING:
     from freezeplan.guard import Verification
@@ -35,14 +36,17 @@ def verify(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say whether what a plan freezes is the same in two files; exit code 0: held, 1: moved, 2: not comparable."""
+    """Say whether what a plan freezes is the same in two files; exit code 0: held, 1: moved, 2: not comparable.
+
+    Of a checkpoint with an average of the weights (EMA) beside them the weights themselves are compared.
+    """
     try:
         found = _compared(before, after, plan, model, num_classes, model_arg)
     except FreezePlanError as error:
         render.print_error(error)
         raise typer.Exit(2) from None
     if as_json:
-        typer.echo(json.dumps({"held": bool(found), **asdict(found)}, indent=2))
+        typer.echo(_json({"held": bool(found), **asdict(found)}))
     else:
         typer.echo(str(found))
     raise typer.Exit(0 if found else 1)
@@ -60,9 +64,27 @@ def _compared(
     loaded = load_plan(plan)
     described = create_model(model, num_classes=num_classes, meta=True, **dict(map(_key_value, model_arg or ())))
     resolution = resolve_plan(loaded, described)
-    return compare_states(
+    found = compare_states(
         described, resolution, read_state(before), read_state(after), origins=(str(before), str(after))
     )
+    if not found.checked:  # nothing moved of nothing: a wrong plan would prove whatever one likes
+        throughout = " in all its phases" if loaded.phases else ""
+        notes = [f"freezeplan show {plan} {model} says what it does; give the plan that was trained with"]
+        raise PlanError(f"plan {loaded.title!r} freezes nothing of {model}{throughout}", notes=notes)
+    return found
+
+
+def _json(data: object) -> str:
+    """Write JSON; how much something moved may be no number, which JSON cannot say, and is null."""
+    return json.dumps(_numbers(data), indent=2, allow_nan=False)
+
+
+def _numbers(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _numbers(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_numbers(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _key_value(text: str) -> tuple[str, Any]:
@@ -93,7 +115,7 @@ def inspect(file: DeltaFile, as_json: AsJson = False) -> None:
     if as_json:
         shapes = {name: list(tensor.shape) for name, tensor in found.tensors.items()}
         plan = found.plan.model_dump(mode="json", exclude_defaults=True)
-        typer.echo(json.dumps({**facts, "plan": plan, "tensors": shapes}, indent=2))
+        typer.echo(_json({**facts, "plan": plan, "tensors": shapes}))
         return
     for key, value in facts.items():
         if value != "":
@@ -112,6 +134,10 @@ def apply_(
     from freezeplan.delta import apply_to_state, read, write
     from freezeplan.statefile import read_state
 
+    for what, path in (("DELTA", file), ("BASE", base)):
+        if out.resolve() == path.resolve():
+            notes = ["give the whole weights a file of their own"]
+            raise OutputError(f"OUT is {what} itself, which stays as it is", where=str(out), notes=notes)
     found = read(file)
     write(apply_to_state(found, read_state(base), where=str(file), base=str(base)), None, out)
     typer.echo(f"{out}: {found.model} with {len(found.tensors)} tensors of {file}")
@@ -132,7 +158,7 @@ def diff(
         render.print_error(error)
         raise typer.Exit(2) from None
     if as_json:
-        typer.echo(json.dumps([asdict(change) for change in changes], indent=2))
+        typer.echo(_json([asdict(change) for change in changes]))
     else:
         for change in changes:
             typer.echo(f"{change.name}: {change.text}")

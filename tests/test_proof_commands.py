@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from freezeplan import apply_plan
+from freezeplan import applied, apply_plan
 from freezeplan.cli import main
 from freezeplan.errors import WeightsError
 from freezeplan.statefile import read_state
@@ -147,6 +147,58 @@ def test_the_comparison_as_json(run, model, before, after):
     assert (code, found["held"], found["checked"]) == (1, False, 90)
     assert [sorted(moved) for moved in found["moved"]] == [["cause", "max_abs", "name", "relative"]]
     assert found["moved"][0]["relative"] == 0.5
+
+
+def test_what_is_no_number_is_null_in_json(run, model, before, after, probe):
+    """A weight of NaN moved by no number: JSON that every reader takes, and exit code 1."""
+    model.conv1[0].weight.data.fill_(float("nan"))
+    save_file(model.state_dict(), after)
+    code, out, _ = compare(run, before, after, "--json")
+    strict = json.loads(out, parse_constant=pytest.fail)
+
+    assert (code, strict["moved"][0]["name"], strict["moved"][0]["max_abs"]) == (1, "conv1.0.weight", None)
+    applied(model).undo()
+    model.load_state_dict(load_file(before))
+    model.fc.weight.data.fill_(float("inf"))
+    apply_plan(model, "linear_probe").save_delta(after)
+    code, out, _ = run("delta", "diff", probe, after, "--json")
+    changes = json.loads(out, parse_constant=pytest.fail)
+    assert (code, [change["name"] for change in changes]) == (1, ["fc.weight"])
+    assert changes[0]["max_abs"] is None
+
+
+def test_a_plan_that_freezes_nothing_proves_nothing(run, before):
+    """Exit code 2: a wrong name of a preset must not look like a freeze that held."""
+    code, out, err = run("verify", before, before, "--plan", "full", *MODEL)
+
+    assert (code, out) == (2, "")
+    assert err == (
+        "error: plan 'full' freezes nothing of test_resnet\n"
+        "  freezeplan show full test_resnet says what it does; give the plan that was trained with\n"
+    )
+
+
+def test_a_plan_that_freezes_nothing_throughout(run, before, tmp_path):
+    """What one phase trains is not frozen: a plan that thaws everything in the end proves nothing either."""
+    plan = tmp_path / "thaw.json"
+    phases = [{"name": "head", "until": 1, "rules": [{"role": "body", "frozen": True}]}, {"name": "all"}]
+    plan.write_text(
+        json.dumps({"version": 1, "name": "thaw", "phases": phases, "rules": [{"match": ".*", "lr_mult": 1}]})
+    )
+    code, _, err = run("verify", before, before, "--plan", plan, *MODEL)
+
+    assert code == 2
+    assert err.startswith("error: plan 'thaw' freezes nothing of test_resnet in all its phases\n")
+
+
+def test_an_error_prints_nothing_that_a_terminal_obeys(run, before, tmp_path):
+    """Names of strangers are quoted in errors; only ends of lines stay what they are."""
+    torch.save({"a\x1b[2J": torch.zeros(1)}, tmp_path / "a.pt")
+    (tmp_path / "b\x1b[2J.pt").write_bytes(b"")
+    errors = [compare(run, before, tmp_path / name)[2] for name in ("a.pt", "b\x1b[2J.pt")]
+
+    assert f"error: {tmp_path}/b\\x1b[2J.pt: cannot be read as a checkpoint\n" in errors[1]
+    assert all(line.isprintable() for error in errors for line in error.split("\n"))
 
 
 def checkpoint(key):
@@ -379,6 +431,22 @@ def test_apply_writes_whole_weights(run, model, before, probe, after):
     assert (code, out) == (0, f"{after}: test_resnet with 2 tensors of {probe}\n")
     assert whole.keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("place", "what"), [("probe", "DELTA"), ("before", "BASE")])
+def test_apply_replaces_neither_of_its_files(run, before, probe, place, what):
+    """OUT has to be a third file; by whatever way it is called, the two stay."""
+    files = {"probe": probe, "before": before}
+    held = {name: path.read_bytes() for name, path in files.items()}
+    out = files[place].parent / "." / "x" / ".." / files[place].name
+    (files[place].parent / "x").mkdir()
+    code, _, err = run("delta", "apply", probe, before, out)
+
+    assert (code, err) == (
+        1,
+        f"error: {out}: OUT is {what} itself, which stays as it is\n  give the whole weights a file of their own\n",
+    )
+    assert {name: path.read_bytes() for name, path in files.items()} == held
 
 
 @pytest.mark.parametrize(
