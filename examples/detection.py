@@ -1,8 +1,9 @@
 """Classification to detection: torchvision's Faster R-CNN on a backbone of timm, whose first stages are frozen.
 
-``python examples/detection.py --data FOLDER_OR_TAR`` trains some steps on photos with boxes in VOC's layout;
-``--weights FILE`` gives the backbone pretrained weights of timm's ``tf_efficientnet_lite0``. The plan is
-``examples/frozen_stages.yaml``: written with ``match``, since roles are timm's and a detector is not one of its models.
+``python examples/detection.py`` trains some steps on drawn shapes with boxes, ``--data FOLDER_OR_TAR`` on photos with
+boxes in VOC's layout; ``--weights FILE`` gives the backbone pretrained weights of timm's ``tf_efficientnet_lite0``. The
+plan is ``examples/frozen_stages.yaml``: written with ``match``, since roles are timm's and a detector is not one of its
+models.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import io
 from collections import OrderedDict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import timm
@@ -23,6 +25,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 from freezeplan import apply_plan
+from freezeplan.experiment.sample import write_sample
 from freezeplan.experiment.voc import Photo, VocData, read_voc
 
 PLAN = Path(__file__).with_name("frozen_stages.yaml")
@@ -70,23 +73,32 @@ def read(data: VocData, photo: Photo) -> tuple[Tensor, dict[str, Tensor]]:
     return torch.from_numpy(pixels).permute(2, 0, 1) / 255, {"boxes": boxes, "labels": labels}
 
 
+def read_some(root: Path) -> tuple[int, list[tuple[Tensor, dict[str, Tensor]]]]:
+    """Return the number of classes and eight photos with their boxes."""
+    data = read_voc(root)
+    return len(data.classes), [read(data, photo) for photo in data.train[:8]]
+
+
 def main() -> None:
     """Train some steps, and prove that the frozen stages held."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--steps", type=int, default=12)
     given = parser.parse_args()
 
     torch.manual_seed(0)
-    data = read_voc(given.data)
-    model = build(len(data.classes), given.weights)
+    if given.data is None:
+        with TemporaryDirectory() as folder:
+            classes, samples = read_some(write_sample(Path(folder), train=20, val=20))
+    else:
+        classes, samples = read_some(given.data)
+    model = build(classes, given.weights)
     applied = apply_plan(model, PLAN, lr=0.02)
     print(applied)
     optimizer = torch.optim.SGD(applied, momentum=0.9, weight_decay=1e-4)
     applied.seal()
 
-    samples = [read(data, photo) for photo in data.train[:8]]
     losses = []
     model.train()
     for step in range(given.steps):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import sys
 import warnings
@@ -13,18 +12,28 @@ from typing import Annotated, Any, Literal
 import typer
 
 import freezeplan
-from freezeplan import completion, picture, proof_commands, render, report, store
+from freezeplan import completion, picture, proof_commands, render, report, run_commands, store
 from freezeplan.description import Description
 from freezeplan.difference import compare
 from freezeplan.dump import dump
-from freezeplan.errors import FreezePlanError, MissingExtraError, OutputError
+from freezeplan.errors import FreezePlanError, OutputError
 from freezeplan.explain import explain
 from freezeplan.importers import finetuning_scheduler, mmengine, timm_args
 from freezeplan.load import load_plan, load_presets
+from freezeplan.options import (
+    AsJson,
+    ModelArg,
+    ModelArgument,
+    ModelOption,
+    NumClasses,
+    OptionalModel,
+    PlanArgument,
+    one_of,
+    print_json,
+)
 from freezeplan.plan import Plan
 from freezeplan.resolution import Resolution
 from freezeplan.resolve import resolve
-from freezeplan.settings_file import use_settings
 from freezeplan.whole import whole_file
 
 app = typer.Typer(
@@ -34,27 +43,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-PlanArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="PLAN",
-        help="A plan file (.yaml, .toml, .json) or a preset's name.",
-        autocompletion=completion.plans,
-    ),
-]
-ModelHelp = "A timm model name, or package.module:function."
-NumClasses = Annotated[int | None, typer.Option(min=0, help="Number of classes; the model's own if not given.")]
-ModelArg = Annotated[
-    list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument for creating the model; repeatable.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Experiment = Literal["voc_vgg16"]
 Format = Literal["timm", "finetuning-scheduler", "mmengine"]
-# Stated here and not imported: the experiment brings torch with it, and --help should not wait for that.
-EPOCHS = "20; sample: 25"
-BATCH_SIZE = "32; sample: 16"
-app.command()(proof_commands.verify)
-app.add_typer(proof_commands.delta, name="delta")
 
 
 def main() -> None:
@@ -91,7 +80,7 @@ def _options(
 @app.command()
 def show(
     plan: PlanArgument,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=ModelHelp, autocompletion=completion.models)],
+    model: ModelArgument,
     num_classes: NumClasses = None,
     model_arg: ModelArg = None,
     lr: Annotated[float | None, typer.Option(help="Base learning rate: show each group's effective one.")] = None,
@@ -105,7 +94,7 @@ def show(
     if image is not None:
         picture.draw(resolution, described, image)
     if as_json:
-        _print_json(report.as_json(resolution))
+        print_json(report.as_json(resolution, lr))
     else:
         render.print_resolution(resolution, lr)
 
@@ -113,9 +102,7 @@ def show(
 @app.command()
 def check(
     plan: PlanArgument,
-    model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help=ModelHelp, autocompletion=completion.models)
-    ] = None,
+    model: OptionalModel = None,
     num_classes: NumClasses = None,
     model_arg: ModelArg = None,
     as_json: AsJson = False,
@@ -125,13 +112,13 @@ def check(
     if model is None:
         found = {"plan": loaded.title, "rules": len(loaded.rules)}
         if as_json:
-            _print_json(found)
+            print_json(found)
         else:
             render.stdout().print(f"{plan}: a valid plan with {len(loaded.rules)} rules", soft_wrap=True)
         return
     resolution = _resolve(plan, model, num_classes, model_arg)
     if as_json:
-        _print_json({key: value for key, value in report.as_json(resolution).items() if key != "tensors"})
+        print_json({key: value for key, value in report.as_json(resolution).items() if key != "tensors"})
     else:
         render.stdout().print(f"{plan}: fits {resolution.model}", soft_wrap=True)
         render.print_rules(resolution)
@@ -140,27 +127,29 @@ def check(
 @app.command()
 def why(
     plan: PlanArgument,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=ModelHelp, autocompletion=completion.models)],
-    param: Annotated[str, typer.Argument(metavar="PARAM", help="The full name of a parameter.")],
+    model: ModelArgument,
+    param: Annotated[
+        str,
+        typer.Argument(metavar="PARAM", help="The full name of a parameter.", autocompletion=completion.parameters),
+    ],
     num_classes: NumClasses = None,
     model_arg: ModelArg = None,
     lr: Annotated[float | None, typer.Option(help="Base learning rate: show the effective one.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say which rule decides about one parameter, where it stands, and which others match."""
-    resolution = _resolve(plan, model, num_classes, model_arg)
-    found = explain(resolution, param)
+    found = explain(_resolve(plan, model, num_classes, model_arg), param, lr)
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
-        render.print_explanation(found, lr)
+        render.print_explanation(found)
 
 
 @app.command()
 def diff(
     plan: PlanArgument,
-    other: Annotated[str, typer.Argument(metavar="OTHER", help="Another plan.")],
-    model: Annotated[str, typer.Option(metavar="MODEL", help=ModelHelp, autocompletion=completion.models)],
+    other: Annotated[str, typer.Argument(metavar="OTHER", help="Another plan.", autocompletion=completion.plans)],
+    model: ModelOption,
     num_classes: NumClasses = None,
     model_arg: ModelArg = None,
     as_json: AsJson = False,
@@ -173,7 +162,7 @@ def diff(
         render.print_error(error)
         raise typer.Exit(2) from None
     if as_json:
-        _print_json([asdict(change) for change in changes])
+        print_json([asdict(change) for change in changes])
     else:
         render.print_changes(changes, equal=first.plan == second.plan)
     raise typer.Exit(1 if changes else 0)
@@ -182,12 +171,14 @@ def diff(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of a plan, for editors: point the yaml-language-server at it."""
-    _print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **Plan.model_json_schema()})
+    print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **Plan.model_json_schema()})
 
 
 @app.command("import")
 def import_(
-    format: Annotated[Format, typer.Argument(metavar="FORMAT", help="timm, finetuning-scheduler or mmengine.")],
+    format: Annotated[
+        Format, typer.Argument(help="timm, finetuning-scheduler or mmengine.", **one_of(Format, "FORMAT"))
+    ],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What that tool reads: see docs/importing.md.")],
     lr: Annotated[
         float | None, typer.Option(help="The optimizer's rate; finetuning-scheduler's later depths need it.")
@@ -221,7 +212,7 @@ def import_(
 @app.command("forecast")
 def forecast_(
     plan: PlanArgument,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=ModelHelp, autocompletion=completion.models)],
+    model: ModelArgument,
     image_size: Annotated[int, typer.Option(min=1, metavar="PIXELS", help="Side of the images.")] = 224,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 32,
     num_classes: NumClasses = None,
@@ -233,13 +224,12 @@ def forecast_(
     from freezeplan.forecast import forecast
     from freezeplan.zoo import create_model
 
-    arguments = dict(map(_key_value, model_arg or ()))
     found = forecast(
-        lambda: create_model(model, num_classes=num_classes, meta=True, **arguments),
+        lambda: create_model(model, num_classes=num_classes, meta=True, **dict(model_arg or ())),
         plan, image_size=image_size, batch_size=batch_size,
     ).as_json()  # fmt: skip
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         render.print_forecast(found)
 
@@ -256,7 +246,7 @@ def cache_ls(directory: CacheDirectory = None, as_json: AsJson = False) -> None:
     """List the features that are kept: of which model and plan, how much, last used when."""
     found = store.entries(directory or store.default_directory())
     if as_json:
-        _print_json([asdict(entry) for entry in found])
+        print_json([asdict(entry) for entry in found])
     else:
         render.print_entries(directory or store.default_directory(), found)
 
@@ -264,7 +254,8 @@ def cache_ls(directory: CacheDirectory = None, as_json: AsJson = False) -> None:
 @cache_app.command("rm")
 def cache_rm(
     keys: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY...", help="Keys of entries, or how they begin.")
+        list[str] | None,
+        typer.Argument(metavar="KEY...", help="Keys of entries, or how they begin.", autocompletion=completion.keys),
     ] = None,
     directory: CacheDirectory = None,
     everything: Annotated[bool, typer.Option("--all", help="Remove every entry.")] = False,
@@ -284,182 +275,29 @@ def presets(as_json: AsJson = False) -> None:
     """List the plans that ship with freezeplan, and those that installed packages add."""
     found = load_presets()
     if as_json:
-        _print_json({name: plan.model_dump(mode="json", exclude_defaults=True) for name, plan in found.items()})
+        print_json({name: plan.model_dump(mode="json", exclude_defaults=True) for name, plan in found.items()})
     else:
         render.print_presets(found)
 
 
-@app.command("report")
-def merged_report(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of finished runs.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The page; replaced if it is there.")] = Path("report.html"),
-    data: Annotated[Path | None, typer.Option(help="The runs' data, for a gallery of mistakes.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Merge runs of one experiment, of other arms or seeds, into one page of HTML."""
-    try:
-        from freezeplan.experiment.command import report as merge_runs
-        from freezeplan.experiment.screen import print_results
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "a package", "run") from None
-    merged = merge_runs(folders, out=out, data=data)
-    if as_json:
-        _print_json(merged)
-    else:
-        print_results(render.stdout(), merged)
-        render.stdout().print(f"\nWritten to {out}", soft_wrap=True)
+app.command()(proof_commands.verify)
+app.add_typer(proof_commands.delta, name="delta")
+app.command()(run_commands.run)
+app.command()(run_commands.report)
 
 
-@app.command()
-def run(
-    experiment: Annotated[Experiment, typer.Argument(metavar="EXPERIMENT", help="voc_vgg16, the only one.")],
-    data: Annotated[
-        Path | None,
-        typer.Option(help="VOCdevkit folder, its VOC2012 folder, or a tar of either.", show_default="embedded sample"),
-    ] = None,
-    download: Annotated[
-        bool, typer.Option("--download", help="Fetch VOC 2012 (2 GB) to the folder --data, or the cache folder.")
-    ] = False,
-    url: Annotated[
-        str | None, typer.Option(help="A mirror for --download; same checksum.", show_default="official")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="A timm model name; vgg16 gets the lecture's head.", show_default="vgg16; sample: slim"),
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE|random",
-            help="safetensors or a checkpoint; random: none, for timing.",
-            show_default="timm's pretrained weights; the sample's own",
-        ),
-    ] = None,
-    arm: Annotated[
-        list[str] | None,
-        typer.Option(help="scratch, frozen_convs, low_conv_lr or same_lr; repeatable.", show_default="all four"),
-    ] = None,
-    plan: Annotated[
-        list[str] | None, typer.Option(metavar="PLAN", help="A plan file or preset as one more arm; repeatable.")
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, show_default=EPOCHS)] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images.", show_default=BATCH_SIZE)] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side in pixels.", show_default="the model's: 224 for vgg16; sample: 64")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Base learning rate.", show_default="0.0005")] = None,
-    optimizer: Annotated[
-        Literal["rmsprop-tf1", "rmsprop"] | None,
-        typer.Option(
-            help="RMSProp as TensorFlow 1 computes it, or torch's.",
-            show_default="rmsprop-tf1 for vgg16 and the sample, else rmsprop",
-        ),
-    ] = None,
-    clip: Annotated[
-        float | None, typer.Option(metavar="NORM", help="Clip the gradient's norm.", show_default="off")
-    ] = None,
-    warmup: Annotated[
-        int | None, typer.Option(min=0, metavar="STEPS", help="Linear warm-up.", show_default="off")
-    ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Repeatable.", show_default="0")] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where there is one.")] = "auto",
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads that decode images.", show_default="one a core")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads inside torch.", show_default="one a core; sample: 1")
-    ] = None,
-    label: Annotated[
-        Literal["largest", "first"] | None,
-        typer.Option(help="An image's class: of its largest box or its first object.", show_default="largest"),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where results go.", show_default="runs/voc_vgg16-DATE-TIME")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that --out holds.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in --out.")] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that do not decode.")] = False,
-    cache: Annotated[
-        bool,
-        typer.Option("--cache/--no-cache", help="Run frozen layers once an image and keep the features on disk."),
-    ] = True,
-    compile: Annotated[
-        bool, typer.Option("--compile", help="Use torch.compile: pays where an epoch takes minutes.")
-    ] = False,
-    amp: Annotated[Literal["bf16"] | None, typer.Option(help="Autocast to bfloat16.", show_default="float32")] = None,
-    settings: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="These options from a file (.yaml, .toml, .json); what is typed wins.",
-            callback=use_settings,
-            is_eager=True,
-        ),
-    ] = None,
-) -> None:
-    """Train the four arms of the experiment and print their errors beside the published ones."""
-    del experiment, settings
-    try:
-        from freezeplan.experiment.command import voc_vgg16
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "a package", "run") from None
-    voc_vgg16(
-        data=data,
-        download=download,
-        url=url,
-        model=model,
-        weights=weights,
-        arm=arm,
-        plan=plan,
-        epochs=epochs,
-        batch_size=batch_size,
-        image_size=image_size,
-        lr=lr,
-        optimizer=optimizer,
-        clip=clip,
-        warmup=warmup,
-        seed=seed,
-        device=device,
-        workers=workers,
-        threads=threads,
-        label=label,
-        out=out,
-        overwrite=overwrite,
-        resume=resume,
-        skip_bad=skip_bad,
-        cache=cache,
-        compile=compile,
-        amp=amp,
-    )
-
-
-def _resolve(plan: str, model: str, num_classes: int | None, model_arg: list[str] | None) -> Resolution:
+def _resolve(plan: str, model: str, num_classes: int | None, model_arg: list[Any] | None) -> Resolution:
     return _resolved(plan, model, num_classes, model_arg)[0]
 
 
 def _resolved(
-    plan: str, model: str, num_classes: int | None, model_arg: list[str] | None
+    plan: str, model: str, num_classes: int | None, model_arg: list[Any] | None
 ) -> tuple[Resolution, Description]:
     loaded = load_plan(plan)  # before the imports: a mistake in the file need not wait for torch
     from freezeplan.zoo import create_model, describe
 
-    arguments = dict(map(_key_value, model_arg or ()))
-    described = describe(create_model(model, num_classes=num_classes, meta=True, **arguments))
+    described = describe(create_model(model, num_classes=num_classes, meta=True, **dict(model_arg or ())))
     return resolve(loaded, described), described
-
-
-def _key_value(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key.isidentifier():
-        raise typer.BadParameter(f"expected KEY=VALUE, found {text!r}", param_hint="--model-arg")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
-
-
-def _print_json(data: object) -> None:
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -79,22 +81,35 @@ class OutputError(FreezePlanError):
 
 
 class MissingExtraError(FreezePlanError, ImportError):
-    """A package of an optional extra is not installed.
+    """A package of an optional extra is not installed, or too old.
 
     Examples:
         >>> print(MissingExtraError("torchmetrics", "run"))
         this needs torchmetrics, which is not installed
           pip install 'freezeplan[run]'
+        >>> print(MissingExtraError("lightning", "lightning", lacks="cannot import name 'pytorch'"))
+        this needs a newer lightning, the installed one is too old: cannot import name 'pytorch'
+          pip install 'freezeplan[lightning]'
     """
 
-    def __init__(self, package: str, extra: str):
-        self.package, self.extra = package, extra
+    def __init__(self, package: str, extra: str, *, lacks: str = ""):
+        self.package, self.extra, self.lacks = package, extra, lacks
+        too_old = f"this needs a newer {package}, the installed one is too old: {lacks}"
         FreezePlanError.__init__(
-            self, f"this needs {package}, which is not installed", notes=[f"pip install 'freezeplan[{extra}]'"]
+            self,
+            too_old if lacks else f"this needs {package}, which is not installed",
+            notes=[f"pip install 'freezeplan[{extra}]'"],
         )
 
-    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:  # type: ignore[override]
-        return type(self), (self.package, self.extra)
+    @classmethod
+    def of(cls, error: ImportError, extra: str) -> MissingExtraError:
+        """Say what an import lacked that only an extra needs."""
+        package, _, inside = (error.name or extra).partition(".")
+        there = inside or not isinstance(error, ModuleNotFoundError)
+        return cls(package, extra, lacks=str(error).partition(" (")[0] if there else "")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), lacks=self.lacks), (self.package, self.extra)
 
 
 class FreezePlanWarning(UserWarning):

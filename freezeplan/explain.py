@@ -6,15 +6,17 @@ from collections.abc import Iterable
 from typing import Any
 
 from freezeplan.errors import ModelError, did_you_mean
+from freezeplan.report import effective
 from freezeplan.resolution import Resolution, RuleUse
 
 
-def explain(resolution: Resolution, name: str) -> dict[str, Any]:
+def explain(resolution: Resolution, name: str, lr: float | None = None) -> dict[str, Any]:
     """Say what a plan does to one tensor and which rules had a say in it.
 
     Args:
         resolution: What the plan means for the model.
         name: A tensor's full name, or one of its aliases.
+        lr: The base learning rate; with it each phase has the tensor's ``lr``, None where it is frozen.
 
     Returns:
         ``name``, ``shape``, ``group`` (None if frozen throughout) and ``phases``: for each one its name, ``frozen``,
@@ -41,16 +43,17 @@ def explain(resolution: Resolution, name: str) -> dict[str, Any]:
         "aliases": list(rows[name].aliases),
         "shape": list(rows[name].shape),
         "group": group,
-        "phases": [_in_phase(part, first) for part in resolution.parts],
+        "phases": [_in_phase(part, first, lr) for part in resolution.parts],
     }
 
 
-def _in_phase(part: Resolution, name: str) -> dict[str, Any]:
+def _in_phase(part: Resolution, name: str, lr: float | None) -> dict[str, Any]:
     row = next(row for row in part.rows if row.name == name)
     return {
         "phase": part.phase,
         "frozen": row.frozen,
         "lr_mult": row.lr_mult,
+        **({} if lr is None else {"lr": effective(lr, row.lr_mult)}),
         "wd_mult": row.wd_mult,
         "mode": row.mode,
         "reinit": row.reinit,

@@ -124,7 +124,7 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         siblings = (entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else ()
-        raise PlanError("no such plan file", where=str(path), notes=did_you_mean(path.name, siblings)) from None
+        raise PlanError("no such file", where=str(path), notes=did_you_mean(path.name, siblings)) from None
     except UnicodeDecodeError as error:
         raise PlanError(f"not UTF-8 text (byte {error.start})", where=str(path)) from None
     except OSError as error:

@@ -151,7 +151,7 @@ def paint(resolution: Resolution, model: Description) -> Any:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "matplotlib", "run") from None
+        raise MissingExtraError.of(error, "run") from None
     strips = [(part, blocks(part, model)) for part in resolution.parts]
     rates = {rate for _, found in strips for block in found for rate, _ in block.shares}
     scale = _Scale(sorted(rate for rate in rates if rate is not None))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,11 +10,11 @@ import typer
 
 from freezeplan import render
 from freezeplan.errors import FreezePlanError, OutputError, PlanError, WeightsError
+from freezeplan.options import AsJson, ModelArg, ModelOption, NumClasses, PlanOption, print_json
 
 if TYPE_CHECKING:
     from freezeplan.guard import Verification
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 DeltaFile = Annotated[Path, typer.Argument(metavar="DELTA", help="A file that applied.save_delta(path) wrote.")]
 
 delta = typer.Typer(help="What a delta file holds; put it on its base; compare two.", no_args_is_help=True)
@@ -26,14 +23,10 @@ delta = typer.Typer(help="What a delta file holds; put it on its base; compare t
 def verify(
     before: Annotated[Path, typer.Argument(metavar="BEFORE", help="Weights: safetensors or a checkpoint.")],
     after: Annotated[Path, typer.Argument(metavar="AFTER", help="The same model's weights later.")],
-    plan: Annotated[str, typer.Option(metavar="PLAN", help="A plan file or a preset's name.")],
-    model: Annotated[str, typer.Option(metavar="MODEL", help="A timm model name, or package.module:function.")],
-    num_classes: Annotated[
-        int | None, typer.Option(min=0, help="Number of classes; the model's own if not given.")
-    ] = None,
-    model_arg: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument for creating the model; repeatable.")
-    ] = None,
+    plan: PlanOption,
+    model: ModelOption,
+    num_classes: NumClasses = None,
+    model_arg: ModelArg = None,
     as_json: AsJson = False,
 ) -> None:
     """Say whether what a plan freezes is the same in two files; exit code 0: held, 1: moved, 2: not comparable.
@@ -41,19 +34,20 @@ def verify(
     Of a checkpoint with an average of the weights (EMA) beside them the weights themselves are compared.
     """
     try:
-        found = _compared(before, after, plan, model, num_classes, model_arg)
+        with render.waiting("comparing weights"):
+            found = _compared(before, after, plan, model, num_classes, model_arg)
     except FreezePlanError as error:
         render.print_error(error)
         raise typer.Exit(2) from None
     if as_json:
-        typer.echo(_json({"held": bool(found), **asdict(found)}))
+        print_json({"held": bool(found), **asdict(found)})
     else:
         typer.echo(str(found))
     raise typer.Exit(0 if found else 1)
 
 
 def _compared(
-    before: Path, after: Path, plan: str, model: str, num_classes: int | None, model_arg: list[str] | None
+    before: Path, after: Path, plan: str, model: str, num_classes: int | None, model_arg: list[Any] | None
 ) -> Verification:
     from freezeplan.facade import resolve_plan
     from freezeplan.guard import compare_states
@@ -62,7 +56,7 @@ def _compared(
     from freezeplan.zoo import create_model
 
     loaded = load_plan(plan)
-    described = create_model(model, num_classes=num_classes, meta=True, **dict(map(_key_value, model_arg or ())))
+    described = create_model(model, num_classes=num_classes, meta=True, **dict(model_arg or ()))
     resolution = resolve_plan(loaded, described)
     found = compare_states(
         described, resolution, read_state(before), read_state(after), origins=(str(before), str(after))
@@ -72,29 +66,6 @@ def _compared(
         notes = [f"freezeplan show {plan} {model} says what it does; give the plan that was trained with"]
         raise PlanError(f"plan {loaded.title!r} freezes nothing of {model}{throughout}", notes=notes)
     return found
-
-
-def _json(data: object) -> str:
-    """Write JSON; how much something moved may be no number, which JSON cannot say, and is null."""
-    return json.dumps(_numbers(data), indent=2, allow_nan=False)
-
-
-def _numbers(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _numbers(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_numbers(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
-
-
-def _key_value(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key.isidentifier():
-        raise typer.BadParameter(f"expected KEY=VALUE, found {text!r}", param_hint="--model-arg")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
 
 
 @delta.command()
@@ -115,7 +86,7 @@ def inspect(file: DeltaFile, as_json: AsJson = False) -> None:
     if as_json:
         shapes = {name: list(tensor.shape) for name, tensor in found.tensors.items()}
         plan = found.plan.model_dump(mode="json", exclude_defaults=True)
-        typer.echo(_json({**facts, "plan": plan, "tensors": shapes}))
+        print_json({**facts, "plan": plan, "tensors": shapes})
         return
     for key, value in facts.items():
         if value != "":
@@ -139,7 +110,8 @@ def apply_(
             notes = ["give the whole weights a file of their own"]
             raise OutputError(f"OUT is {what} itself, which stays as it is", where=str(out), notes=notes)
     found = read(file)
-    write(apply_to_state(found, read_state(base), where=str(file), base=str(base)), None, out)
+    with render.waiting("checking the base and writing the weights"):
+        write(apply_to_state(found, read_state(base), where=str(file), base=str(base)), None, out)
     typer.echo(f"{out}: {found.model} with {len(found.tensors)} tensors of {file}")
 
 
@@ -158,7 +130,7 @@ def diff(
         render.print_error(error)
         raise typer.Exit(2) from None
     if as_json:
-        typer.echo(_json([asdict(change) for change in changes]))
+        print_json([asdict(change) for change in changes])
     else:
         for change in changes:
             typer.echo(f"{change.name}: {change.text}")

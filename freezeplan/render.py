@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.padding import Padding
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
@@ -33,6 +34,11 @@ def stdout() -> Console:
 def stderr() -> Console:
     """Return the console for problems and progress."""
     return Console(stderr=True, markup=False, highlight=False)
+
+
+def waiting(text: str, console: Console | None = None) -> Status:
+    """Return a context in which a terminal shows, on stderr, that something takes a while; elsewhere nothing."""
+    return (console or stderr()).status(Text(text))
 
 
 def print_error(error: FreezePlanError) -> None:
@@ -105,7 +111,7 @@ def print_rules(resolution: Resolution, console: Console | None = None) -> None:
         console.print(Text.assemble(("hint: ", "yellow"), hint), soft_wrap=True)
 
 
-def print_explanation(found: Mapping[str, Any], lr: float | None) -> None:
+def print_explanation(found: Mapping[str, Any]) -> None:
     """Print what ``freezeplan.explain.explain`` says of one tensor."""
     console = stdout()
     shape = " x ".join(map(str, found["shape"])) or "scalar"
@@ -118,8 +124,8 @@ def print_explanation(found: Mapping[str, Any], lr: float | None) -> None:
         if phase["phase"]:
             console.print(Text.assemble("phase ", (phase["phase"], "bold")))
         rate = "frozen" if phase["frozen"] else f"lr x {phase['lr_mult']:g}"
-        if lr is not None and not phase["frozen"]:
-            rate += f" = {lr * phase['lr_mult']:g}"
+        if phase.get("lr") is not None:
+            rate += f" = {phase['lr']:g}"
         reinit = ", reinit" if phase["reinit"] else ""
         style = "cyan" if phase["frozen"] else "green"
         console.print(Text.assemble((rate, style), f", wd x {phase['wd_mult']:g}, {phase['mode']}{reinit}"))

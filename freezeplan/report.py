@@ -11,8 +11,13 @@ from freezeplan.plan import Plateau
 from freezeplan.resolution import Resolution, Row, RuleUse
 
 
-def as_json(resolution: Resolution) -> dict[str, Any]:
+def as_json(resolution: Resolution, lr: float | None = None) -> dict[str, Any]:
     """Return a resolution as plain data for ``json.dumps``.
+
+    Args:
+        resolution: What a plan means for a model.
+        lr: The base learning rate. With it each tensor has its ``lr`` and each group its ``lrs``, one a phase, beside
+            the multipliers.
 
     Returns:
         ``model``, ``plan``, ``frozen`` and ``trainable`` (``tensors``, ``elements``), ``groups``, ``tensors`` (an entry
@@ -26,7 +31,7 @@ def as_json(resolution: Resolution) -> dict[str, Any]:
         >>> found["trainable"], found["tensors"][-1]["name"], found["tensors"][-1]["rule"]
         ({'tensors': 2, 'elements': 5130}, 'fc.bias', 1)
     """
-    return {
+    found: dict[str, Any] = {
         "model": resolution.model,
         "plan": resolution.plan.title,
         "frozen": count(resolution.frozen),
@@ -74,6 +79,23 @@ def as_json(resolution: Resolution) -> dict[str, Any]:
         "random": list(resolution.random),
         "alive": list(resolution.alive),
     }
+    if lr is not None:
+        found["lr"] = lr
+        for group in found["groups"]:
+            group["lrs"] = [effective(lr, rate) for rate in group["rates"]]
+        for tensor in found["tensors"]:
+            tensor["lr"] = effective(lr, tensor["lr_mult"])
+    return found
+
+
+def effective(lr: float, lr_mult: float | None) -> float | None:
+    """Return the learning rate of what is trained with a multiple of ``lr``; None where it is frozen.
+
+    Examples:
+        >>> effective(1e-3, 0.5), effective(1e-3, None)
+        (0.0005, None)
+    """
+    return None if lr_mult is None else lr * lr_mult
 
 
 def count(rows: Iterable[Row]) -> dict[str, int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import freezeplan
+from freezeplan import completion, store
 from freezeplan.catalogue import shipped
 from freezeplan.cli import main
 from freezeplan.load import load_plan
@@ -98,6 +99,14 @@ def test_show_as_json(run):
     assert json.loads(out) == as_json(freezeplan.resolve_plan("linear_probe", model))
 
 
+def test_show_as_json_with_a_base_rate(run):
+    """``show --lr`` puts the rates into the data too."""
+    out = run("show", "voc_vgg16/low_conv_lr", "vgg16", "--lr", "5e-4", "--json")[1]
+    rates = {tensor["name"]: tensor["lr"] for tensor in json.loads(out)["tensors"]}
+
+    assert (rates["features.0.weight"], rates["head.fc.weight"]) == (1e-4, 5e-4)
+
+
 def test_check_a_plan(run):
     """``freezeplan check PLAN`` says that a plan is valid; ``--json`` its name and its number of rules."""
     assert run("check", "linear_probe") == (0, "linear_probe: a valid plan with 2 rules\n", "")
@@ -159,7 +168,7 @@ PROBLEMS = [
         "  a plan file ends in one of .yaml .yml .toml .json\n",
         id="unknown-preset",
     ),
-    pytest.param(["check", "nowhere/plan.yaml"], "error: nowhere/plan.yaml: no such plan file\n", id="no-file"),
+    pytest.param(["check", "nowhere/plan.yaml"], "error: nowhere/plan.yaml: no such file\n", id="no-file"),
     pytest.param(
         ["check", "plan.yaml", "vgg16"],
         "error: plan.yaml:3:13: rule 1 (match: layer1) matches no parameter of vgg16\n"
@@ -213,7 +222,7 @@ def test_a_problem_is_not_cut_to_the_width_of_a_terminal(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
 
     assert run("check", "nowhere/a_plan_with_a_long_name.yaml")[2] == (
-        "error: nowhere/a_plan_with_a_long_name.yaml: no such plan file\n"
+        "error: nowhere/a_plan_with_a_long_name.yaml: no such file\n"
     )
 
 
@@ -225,6 +234,16 @@ USAGE = [
         ["show", "full", "test_vit", "--model-arg", "foo"],
         "Invalid value for --model-arg: expected KEY=VALUE, found 'foo'",
         id="no-equals-sign",
+    ),
+    pytest.param(
+        ["run", "voc_vgg17"],
+        "Invalid value for 'EXPERIMENT': 'voc_vgg17' is not one of 'voc_vgg16'; did you mean 'voc_vgg16'?",
+        id="no-experiment",
+    ),
+    pytest.param(
+        ["run", "voc_vgg16", "--device", "rocm"],
+        "Invalid value for '--device': 'rocm' is not one of 'auto', 'cpu', 'cuda'",
+        id="no-choice",
     ),
     pytest.param(
         ["check", "full", "test_vit", "--model-arg", "1a=2"],
@@ -240,7 +259,7 @@ def test_wrong_usage_is_exit_code_2(run, arguments, sentence):
     code, out, err = run(*arguments)
 
     assert (code, out) == (2, "")
-    assert re.findall(r"^│ (.*?) +│$", err, re.MULTILINE) == [sentence]
+    assert " ".join(re.findall(r"^│ (.*?) +│$", err, re.MULTILINE)) == sentence
 
 
 def test_model_arguments_are_literals_or_text(run):
@@ -285,24 +304,105 @@ def test_checking_a_file_needs_no_torch():
     )
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        ("freezeplan show linear", "linear_probe"),
-        ("freezeplan check voc_vgg16/s", "voc_vgg16/same_lr\nvoc_vgg16/scratch"),
-        ("freezeplan show linear_probe vgg16_", "vgg16_bn"),
-        ("freezeplan why examples/low", "examples/low_conv_lr.yaml"),
-    ],
-)
-def test_a_shell_completes_presets_files_and_models(words, expected):
-    env = {
-        **os.environ,
-        "_FREEZEPLAN_COMPLETE": "complete_bash",
-        "COMP_WORDS": words,
-        "COMP_CWORD": str(len(words.split()) - 1),
-        "PYTHONPATH": str(ROOT),
-    }
-    code = "import sys; sys.argv[0] = 'freezeplan'; from freezeplan.cli import app; app(prog_name='freezeplan')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
+@pytest.fixture
+def press_tab(monkeypatch, capsys):
+    """Complete a line, in this process, as the shell's script asks for it; returns the words that are offered."""
 
-    assert sorted(done.stdout.split()) == sorted(expected.split())
+    def press_tab(shell, line):
+        monkeypatch.setenv("_FREEZEPLAN_COMPLETE", f"complete_{shell}")
+        monkeypatch.setenv("COMP_WORDS", line)
+        monkeypatch.setenv("COMP_CWORD", str(len(f"{line}.".split()) - 1))
+        monkeypatch.setenv("_TYPER_COMPLETE_ARGS", line)
+        monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
+        monkeypatch.setattr(sys, "argv", ["freezeplan"])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capsys.readouterr()
+
+        assert (stop.value.code or 0, err) == (0, "")
+        if shell == "zsh":
+            assert out == "_files\n" or out.startswith("_arguments '*: :((")
+            return re.findall(r'^(?:_arguments .*\(\()?"(.*?)"', out, re.MULTILINE)
+        return out.split()
+
+    return press_tab
+
+
+SHIPPED_ARMS = [f"freezeplan/presets/voc_vgg16/{arm}.yaml" for arm in completion.arms("")]
+COMPLETED = [
+    pytest.param("freezeplan show linear", ["linear_probe"], id="preset"),
+    pytest.param("freezeplan check voc_vgg16/s", ["voc_vgg16/same_lr", "voc_vgg16/scratch"], id="presets"),
+    pytest.param("freezeplan why examples/low", ["examples/low_conv_lr.yaml"], id="file"),
+    pytest.param("freezeplan diff linear_probe examples/low", ["examples/low_conv_lr.yaml"], id="other"),
+    pytest.param("freezeplan show linear_probe vgg16_b", ["vgg16_bn"], id="model"),
+    pytest.param("freezeplan diff full lp_ft --model vgg16_b", ["vgg16_bn"], id="model-option"),
+    pytest.param("freezeplan forecast full vgg16_b", ["vgg16_bn"], id="model-of-a-forecast"),
+    pytest.param("freezeplan verify a b --plan linear", ["linear_probe"], id="verify-plan"),
+    pytest.param("freezeplan verify a b --model vgg16_b", ["vgg16_bn"], id="verify-model"),
+    pytest.param("freezeplan run voc_vgg16 --model vgg16_b", ["vgg16_bn"], id="run-model"),
+    pytest.param("freezeplan run voc_vgg16 --plan linear", ["linear_probe"], id="run-plan"),
+    pytest.param("freezeplan run voc_vgg16 --arm s", ["same_lr", "scratch"], id="arms"),
+    pytest.param("freezeplan why full test_resnet fc", ["fc.weight", "fc.bias"], id="parameters"),
+    pytest.param(
+        "freezeplan why full torch.nn:Linear --model-arg in_features=1 --model-arg out_features=1 ",
+        ["weight", "bias"],
+        id="parameters-of-ones-own",
+    ),
+    pytest.param("freezeplan cache rm 12", ["12ab", "12cd"], id="keys"),
+    pytest.param("freezeplan cache rm --dir nowhere 12", ["12ef"], id="keys-elsewhere"),
+    pytest.param("freezeplan run voc_vgg16 --optimizer rms", ["rmsprop-tf1", "rmsprop"], id="choice"),
+    pytest.param("freezeplan import t", ["timm"], id="choices-of-an-argument"),
+    pytest.param("freezeplan why full no_such_model f", [], id="no-such-model"),
+    pytest.param("freezeplan why full test_resnet --model-arg depth=x f", [], id="wrong-argument"),
+    pytest.param("freezeplan why full test_resnet --model-arg = fc", ["fc.weight", "fc.bias"], id="no-argument"),
+    pytest.param("freezeplan check missing/", [], id="no-such-folder"),
+    pytest.param("freezeplan check docs/trai", ["docs/trainers/"], id="folder"),
+    pytest.param("freezeplan check freezeplan/presets/voc_vgg16/", SHIPPED_ARMS, id="in-a-folder"),
+]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize(("line", "expected"), COMPLETED)
+def test_a_shell_completes_names(press_tab, monkeypatch, tmp_path, shell, line, expected):
+    """Plans, files, models, arms, parameters and keys; nothing, and no error, where there is nothing to be had."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("freezeplan/12ab", "freezeplan/12cd", "freezeplan/34", "elsewhere/12ef"):
+        store.begin(tmp_path / name, {"model": "m"})
+
+    offered = press_tab(shell, line.replace("nowhere", str(tmp_path / "elsewhere")))
+
+    assert sorted(offered) == sorted(expected)
+
+
+def test_names_of_models_are_listed_once_for_a_version_of_timm(monkeypatch, tmp_path):
+    """They are in the user's cache folder from then on, whole, and the next time neither timm nor torch is imported."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    listed = completion.models("")
+    code = (
+        "import sys; sys.argv = ['freezeplan']\n"
+        "from freezeplan.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print(sorted({'torch', 'timm'} & set(sys.modules)))\n"
+    )
+    words = "freezeplan show linear_probe test_"
+    env = {"_FREEZEPLAN_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "3"}
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **env}
+    )
+
+    assert [path.name for path in (tmp_path / "freezeplan").iterdir()] == [
+        f"models-of-timm-{freezeplan.zoo.version()}.txt"
+    ]
+    assert listed == freezeplan.zoo.model_names()
+    *names, modules = found.stdout.splitlines()
+    assert names == [name for name in listed if name.startswith("test_")]
+    assert (modules, found.stderr) == ("[]", "")
+
+
+def test_names_of_models_are_found_where_nothing_can_be_written(monkeypatch, tmp_path):
+    """A file stands where the cache folder would be."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+
+    assert completion.models("vgg16_b") == ["vgg16_bn"]

@@ -53,6 +53,14 @@ def test_why_as_json_gives_each_setting_to_the_rule_that_won_it() -> None:
     assert (phase["frozen"], phase["lr_mult"], phase["mode"]) == (False, 1.0, "eval")
 
 
+def test_why_as_json_gives_the_rate_of_each_phase() -> None:
+    """With a base rate beside the multiplier; none where the tensor is frozen."""
+    code, out, _ = run("why", "head_then_all", "resnet18", "layer1.0.bn1.weight", "--lr", "1e-3", "--json")
+
+    assert code == 0
+    assert [(phase["lr_mult"], phase["lr"]) for phase in json.loads(out)["phases"]] == [(None, None), (1.0, 1e-3)]
+
+
 def test_why_says_when_the_default_decided() -> None:
     """A rate that no rule gives is the plan's default."""
     model = create_model("resnet18", meta=True)

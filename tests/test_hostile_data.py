@@ -180,11 +180,11 @@ def test_an_image_that_would_start_a_program(tmp_path: Path) -> None:
 def test_an_image_of_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = folder(tmp_path, small())
     wide = io.BytesIO()
-    Image.new("1", (100, 60)).save(wide, "PNG")
+    Image.new("1", (120, 100)).save(wide, "PNG")
     (data / ROOT / "JPEGImages/t1.jpg").write_bytes(wide.getvalue())
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
 
-    assert refusal(data).startswith("DATA: JPEGImages/t1.jpg does not decode (Image size (6000 pixels) exceeds limit")
+    assert refusal(data).startswith("DATA: JPEGImages/t1.jpg does not decode (Image size (12000 pixels) exceeds limit")
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, content: bytes = b"", size: int | None = None) -> bytes:

@@ -304,7 +304,7 @@ REFUSED = [
     pytest.param(
         mmengine.read, "c.py", "x = (", "c.py: not Python: '(' was never closed (<unknown>, line 1)", id="mm-syntax"
     ),
-    pytest.param(mmengine.read, "no.py", None, "no.py: no such plan file", id="no-file"),
+    pytest.param(mmengine.read, "no.py", None, "no.py: no such file", id="no-file"),
 ]
 
 

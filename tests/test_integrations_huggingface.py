@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import (
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
@@ -213,7 +214,45 @@ def test_phases_in_several_processes_are_refused_at_the_start() -> None:
     model = wrapper()
     apply_plan(model.timm_model, BY_EPOCH, lr=0.05)
     with pytest.raises(ApplyError, match=r"^the plan 'plan' has phases, and 2 processes train: "):
-        FreezePlanCallback().on_train_begin(SimpleNamespace(world_size=2), TrainerState(), None, model=model)
+        FreezePlanCallback().on_train_begin(
+            SimpleNamespace(world_size=2), TrainerState(), None, model=model, train_dataloader=[]
+        )
+
+
+class Endless(IterableDataset):
+    """Images without a length, as from a stream."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __iter__(self) -> Any:
+        return iter(self.data)
+
+
+def endless(plan: Any, plain: Any, folder: Path) -> Trainer:
+    model = wrapper()
+    run = trainer(model, apply_plan(model.timm_model, plan, lr=0.05), plain, 1, folder, max_steps=4)
+    run.train_dataset = Endless(run.train_dataset)
+    return run
+
+
+def test_phases_on_data_without_a_length_are_refused_at_the_start(plain: Any, tmp_path: Path) -> None:
+    """The Trainer takes max_steps for one epoch then, so no phase would ever end."""
+    with pytest.raises(ApplyError) as error:
+        endless(BY_EPOCH, plain, tmp_path).train()
+
+    assert str(error.value) == (
+        "the plan 'plan' has phases, and this trainer counts no epochs of data without a length\n"
+        "  give the data set a __len__, or train in a loop of your own: applied.step(epoch=e)"
+    )
+
+
+def test_a_plan_without_phases_is_trained_on_data_without_a_length(plain: Any, tmp_path: Path) -> None:
+    """Four steps are a pass of three and the first of the next."""
+    run = endless(PARTLY, plain, tmp_path)
+    run.train()
+
+    assert run.state.global_step == 4
 
 
 @pytest.mark.parametrize("package", ["transformers", "accelerate"])
@@ -225,6 +264,41 @@ def test_a_missing_package_is_named_with_its_extra(package: str, monkeypatch: py
         importlib.import_module("freezeplan.integrations.huggingface")
 
     assert str(error.value) == f"this needs {package}, which is not installed\n  pip install 'freezeplan[transformers]'"
+
+
+@pytest.mark.parametrize(
+    ("place", "lacks"),
+    [
+        pytest.param(
+            ("transformers.trainer_callback", "ExportableState"),
+            "cannot import name 'ExportableState' from 'transformers.trainer_callback'",
+            id="no-such-name",
+        ),
+        pytest.param(
+            ("transformers.trainer_callback", None),
+            "import of transformers.trainer_callback halted; None in sys.modules",
+            id="no-such-module",
+        ),
+    ],
+)
+def test_a_package_that_is_too_old_is_named_with_its_extra(
+    place: tuple[str, str | None], lacks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the installed one lacks, and what to install."""
+    module, name = place
+    if name is None:
+        monkeypatch.setitem(sys.modules, module, None)
+    else:
+        monkeypatch.delattr(sys.modules[module], name)
+    monkeypatch.delitem(sys.modules, "freezeplan.integrations.huggingface", raising=False)
+    with pytest.raises(MissingExtraError) as error:
+        importlib.import_module("freezeplan.integrations.huggingface")
+
+    assert str(error.value) == (
+        f"this needs a newer transformers, the installed one is too old: {lacks}\n"
+        "  pip install 'freezeplan[transformers]'"
+    )
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
 
 
 def accelerated(plan: Any, plain: Any, epochs: int, folder: Path, *, stop: int | None = None) -> tuple[Any, Any]:

@@ -229,3 +229,18 @@ def test_a_missing_package_is_named_with_its_extra(module: str, extra: str, monk
         importlib.import_module(f"freezeplan.integrations.{module}")
 
     assert str(error.value) == f"this needs {module}, which is not installed\n  pip install 'freezeplan[{extra}]'"
+
+
+def test_a_package_that_is_too_old_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the installed one lacks, and what to install."""
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    monkeypatch.delattr(L, "pytorch")
+    monkeypatch.delitem(sys.modules, "freezeplan.integrations.lightning", raising=False)
+    with pytest.raises(MissingExtraError) as error:
+        importlib.import_module("freezeplan.integrations.lightning")
+
+    assert str(error.value) == (
+        "this needs a newer lightning, the installed one is too old: "
+        "import of lightning.pytorch halted; None in sys.modules\n"
+        "  pip install 'freezeplan[lightning]'"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -53,6 +54,38 @@ def test_a_classifier_of_torchvision_trains_as_if_frozen_by_hand(plain: Any) -> 
     assert applied.verify()
     assert "features.9.block.0.1.running_mean" in model.state_dict()
     assert torch.equal(mobilenet().features[9].block[0][1].running_mean, model.features[9].block[0][1].running_mean)
+
+
+PHASED = {
+    "version": 1,
+    "phases": [{"name": "head", "until": 1, "rules": [{"match": "features", "frozen": True}]}, {"name": "top"}],
+    "rules": RATES["rules"],
+}
+
+
+def phased() -> tuple[Any, Any, torch.optim.Optimizer]:
+    model = mobilenet()
+    applied = apply_plan(model, PHASED, lr=0.05)
+    return model, applied, torch.optim.SGD(applied, momentum=0.9)
+
+
+@pytest.mark.parametrize("stopped", [1, 2], ids=["on-the-way", "within"])
+def test_a_run_that_resumes_in_phase_two_gives_the_weights_of_one_never_stopped(stopped: int, plain: Any) -> None:
+    """From the state dicts of model, optimizer and plan, as in docs/trainers/plain.md; to the same bits."""
+    whole, live, optimizer = phased()
+    plain.train(whole, live, optimizer, range(stopped))
+    saved = copy.deepcopy((whole.state_dict(), live.state_dict(), optimizer.state_dict()))
+    plain.train(whole, live, optimizer, range(stopped, 3))
+
+    again, resumed, second = phased()
+    for part, state in zip((again, resumed, second), saved, strict=True):
+        part.load_state_dict(state)
+    plain.train(again, resumed, second, range(stopped, 3))
+
+    assert resumed.phase == live.phase == "top"
+    weight = "features.11.block.0.0.weight"
+    assert not torch.equal(whole.state_dict()[weight], saved[0][weight])
+    assert plain.difference(whole.state_dict(), again.state_dict()) == 0
 
 
 class Tiny(nn.Sequential):

@@ -49,11 +49,11 @@ PRESETS = (
 )
 
 MISSING = [
-    pytest.param("plan.yml", "plan.yml: no such plan file\n  did you mean 'plan.yaml', 'plan.toml'?", id="near-name"),
+    pytest.param("plan.yml", "plan.yml: no such file\n  did you mean 'plan.yaml', 'plan.toml'?", id="near-name"),
     pytest.param(
-        Path("below/pln.yaml"), "below/pln.yaml: no such plan file\n  did you mean 'plan.yaml'?", id="near-name-below"
+        Path("below/pln.yaml"), "below/pln.yaml: no such file\n  did you mean 'plan.yaml'?", id="near-name-below"
     ),
-    pytest.param("nowhere/plan.yaml", "nowhere/plan.yaml: no such plan file", id="no-such-folder"),
+    pytest.param("nowhere/plan.yaml", "nowhere/plan.yaml: no such file", id="no-such-folder"),
     pytest.param("folder.yaml", "folder.yaml: cannot be read: Is a directory", id="folder"),
     pytest.param(
         "linear_prob",

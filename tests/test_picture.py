@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from importlib.machinery import BuiltinImporter
 
 import pytest
 
@@ -113,13 +114,13 @@ def test_what_cannot_be_drawn_is_refused(tmp_path, monkeypatch):
         draw(*made_of, tmp_path / "plan.jpg")
     with pytest.raises(OutputError) as folder:
         draw(*made_of, tmp_path / "nowhere" / "plan.png")
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for name in ("matplotlib.figure", "matplotlib"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [BuiltinImporter])
     with pytest.raises(MissingExtraError) as missing:
         draw(*made_of, tmp_path / "plan.png")
 
     assert str(suffix.value) == "a picture is a .png or a .svg, found 'plan.jpg'\n  --image plan.svg"
     assert str(folder.value) == f"there is no folder {str(tmp_path / 'nowhere')!r} for the picture"
-    assert str(missing.value) == (
-        "this needs matplotlib.figure, which is not installed\n  pip install 'freezeplan[run]'"
-    )
+    assert str(missing.value) == "this needs matplotlib, which is not installed\n  pip install 'freezeplan[run]'"
     assert list(tmp_path.iterdir()) == []

@@ -1,71 +1,64 @@
-"""What the README shows is what the commands print, and its Python runs."""
+"""The README's order and what it must hold; that its blocks do what they say is in test_blocks."""
 
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
-import pytest
-import timm
-import torch
-from typer.testing import CliRunner
-
-from freezeplan import apply_plan, cli, load_plan
-from freezeplan.errors import FreezePlanError
+from freezeplan import load_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
-TYPO = "version: 1\nrules:\n  - {match: featuers, frozen: true}\n  - {match: .*, lr_mult: 1}\n"
+PEERS = ["timm", "finetuning-scheduler", "mmengine", "big_vision", "PEFT", "by hand"]
 
 
-def printed(command: str) -> str:
-    """What follows a command in the README, up to the next one."""
-    (block,) = (text for kind, text in BLOCKS if kind == "console" and f"$ {command}\n" in text)
-    return block.partition(f"$ {command}\n")[2].partition("\n$ ")[0].rstrip()
+def test_the_first_screen_says_how_to_start_and_shows_a_plan() -> None:
+    """What it is in a sentence, the command, the picture; all of it in 150 lines."""
+    lines = README.splitlines()
 
-
-def test_show_prints_what_the_readme_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tree, counts, groups and rules of the first example."""
-    command = "freezeplan show examples/low_conv_lr.yaml vgg16 --num-classes 20 --lr 5e-4"
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("COLUMNS", "100")
-    result = CliRunner().invoke(cli.app, command.split()[1:])
-
-    assert "\n".join(line.rstrip() for line in result.stdout.splitlines()) == printed(command)
-
-
-def test_a_mistake_looks_as_the_readme_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error of a misspelt module."""
-    monkeypatch.chdir(tmp_path)
-    Path("typo.yaml").write_text(TYPO)
-    result = CliRunner().invoke(cli.app, ["check", "typo.yaml", "vgg16"])
-
-    assert isinstance(result.exception, FreezePlanError)
-    assert f"error: {result.exception}" == printed("freezeplan check typo.yaml vgg16")
+    assert lines[2].startswith("Declarative layer freezing for [timm]")
+    assert lines[5] == "$ pip install '.[run]' && freezeplan run voc_vgg16"
+    assert re.fullmatch(r"!\[.+\]\(docs/pictures/low_conv_lr.svg\)", lines[8])
+    assert len(lines) <= 150
 
 
 def test_the_example_plan_is_the_one_in_the_readme(tmp_path: Path) -> None:
     """examples/low_conv_lr.yaml says what the README's plan says."""
-    (plan,) = (text for kind, text in BLOCKS if kind == "yaml")
+    (plan,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
     (tmp_path / "plan.yaml").write_text(plan)
 
     assert load_plan(tmp_path / "plan.yaml") == load_plan(ROOT / "examples/low_conv_lr.yaml")
 
 
-def test_the_lines_for_your_own_code_run() -> None:
-    """The block under 'In your code', as written."""
-    (block,) = (text for kind, text in BLOCKS if kind == "python" and "applied.seal()" in text)
-    model = timm.create_model("test_resnet", num_classes=3)
-    exec(block, {"model": model, "torch": torch, "apply_plan": apply_plan})
+def test_the_readme_compares_and_says_what_is_stable() -> None:
+    """Every peer has a column here and in the longer table, whose rows agree in their number of cells."""
+    for text in (README, (ROOT / "docs/comparison.md").read_text(encoding="utf-8")):
+        table = next(table for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE) if "PEFT" in table)
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
-    assert all(parameter.requires_grad for parameter in model.parameters())
+        assert [cell for cell in rows[0] if cell in PEERS] == PEERS
+        assert len({len(row) for row in rows}) == 1
+        assert all(cell for row in rows[1:] for cell in row)
+    assert "A plan with `version: 1` is readable through all of 1.x and means the same" in README
+    assert "`--install-completion` |" in README
 
 
-def test_the_readme_says_how_to_start_and_how_to_test() -> None:
-    """The first screen runs the sample; the tests' command is the one that CI runs."""
-    first = README.splitlines()[:12]
+def test_the_tests_command_is_the_one_that_ci_runs() -> None:
+    """The README's, word for word."""
+    command = "pip install -e '.[dev]' && pytest -n 2 --dist worksteal"
 
-    assert "$ pip install '.[run]' && freezeplan run voc_vgg16" in first
-    assert "$ pip install -e '.[dev]' && pytest -n 2 --dist worksteal" in README
-    assert len(README.splitlines()) <= 150
+    assert f"$ {command}\n" in README
+    assert f"({command})\n" in (ROOT / ".ci/run").read_text(encoding="utf-8")
+
+
+def test_a_source_distribution_has_what_its_tests_read() -> None:
+    """Whatever the tests name at the top level, and what the site and a citation need."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    included = {*settings["tool"]["hatch"]["build"]["targets"]["sdist"]["include"], "pyproject.toml"}
+    tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("*.py"))
+    named = {name for name in re.findall(r'ROOT / "([^"/]+)', tests) if (ROOT / name).exists()}
+
+    assert {"docs", "examples", "README.md", ".ci"} <= named
+    assert named | {"mkdocs.yml", "CITATION.cff"} <= included
+    assert all((ROOT / name).exists() for name in included)

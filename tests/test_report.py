@@ -67,6 +67,21 @@ def test_a_resolution_as_json():
     assert json.loads(json.dumps(found)) == found
 
 
+def test_a_base_rate_gives_the_rates_of_tensors_and_groups():
+    """Beside the multipliers, one for each phase in a group; what is frozen has none."""
+    found = as_json(resolve_plan("head_then_all", create_model("test_resnet", meta=True)), 1e-3)
+    tensors = {tensor["name"]: tensor["lr"] for tensor in found["tensors"]}
+
+    assert found["lr"] == 1e-3
+    assert {(group["name"], *group["lrs"]) for group in found["groups"]} == {
+        ("lr_mult=frozen/1", None, 1e-3),
+        ("lr_mult=frozen/1, no decay", None, 1e-3),
+        ("lr_mult=1", 1e-3, 1e-3),
+        ("lr_mult=1, no decay", 1e-3, 1e-3),
+    }
+    assert (tensors["layer1.0.conv1.weight"], tensors["fc.weight"]) == (None, 1e-3)
+
+
 @pytest.mark.parametrize("architecture", ["test_resnet", "test_vit", "test_efficientnet"])
 @pytest.mark.parametrize("preset", ["linear_probe", "full", "bitfit", "norm_and_head"])
 def test_the_counts_of_a_report_add_up(architecture, preset):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from freezeplan import cli
+from freezeplan import run_commands
 from freezeplan.errors import DataError, FreezePlanError, ModelError, OutputError, PlanError
 from freezeplan.experiment import arms, command
 from freezeplan.experiment.arms import ARMS
@@ -220,9 +221,17 @@ def test_help_states_the_defaults_that_a_run_takes():
     """What --help says is what happens; it is stated apart only so that help need not wait for torch."""
     real, sample = command.default_settings("vgg16", sample=False), command.default_settings("vgg16", sample=True)
 
-    assert f"{real.epochs}; sample: {sample.epochs}" == cli.EPOCHS
-    assert f"{real.batch_size}; sample: {sample.batch_size}" == cli.BATCH_SIZE
+    assert f"{real.epochs}; sample: {sample.epochs}" == run_commands.EPOCHS
+    assert f"{real.batch_size}; sample: {sample.batch_size}" == run_commands.BATCH_SIZE
     assert (real.image_size, real.lr, real.optimizer, real.label) == (224, 5e-4, "rmsprop-tf1", "largest")
+
+
+def test_what_can_be_typed_is_what_a_run_takes() -> None:
+    """Each option is an argument of the run, by the same name and with the same default."""
+    typed = {name: option.default for name, option in inspect.signature(run_commands.run).parameters.items()}
+    del typed["experiment"], typed["settings"]
+
+    assert typed == {name: taken.default for name, taken in inspect.signature(voc_vgg16).parameters.items()}
 
 
 @pytest.mark.slow

@@ -54,15 +54,15 @@ def test_mistakes_are_said_with_their_place(
     taken: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("epoch: 5\nbatch-size: many\noptimizer: adam\n")
+    file.write_text("epoch: 5\nbatch-size: many\noptimizer: rmsprp\nlabel: 3\n")
     assert call(monkeypatch, "--settings", str(file)) == 1
 
     said = " ".join(capsys.readouterr().err.split())
     assert f"{file}:1:1: no option is called 'epoch'" in said
     assert "did you mean 'epochs'" in said
     assert f"{file}:2:13: batch-size: " in said
-    assert f"{file}:3:12: optimizer: " in said
-    assert "'adam' is not one of 'rmsprop-tf1', 'rmsprop'" in said
+    assert f"{file}:3:12: optimizer: 'rmsprp' is not one of 'rmsprop-tf1', 'rmsprop'; did you mean 'rmsprop', " in said
+    assert f"{file}:4:8: label: '3' is not one of 'largest', 'first'" in said
     assert not taken
 
 

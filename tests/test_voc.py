@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from freezeplan.errors import DataError
+from freezeplan.experiment.sample import write_sample
 from freezeplan.experiment.voc import Split, load_split, read_voc
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
@@ -325,3 +326,12 @@ def test_real_photos(name: str, classes: tuple[str, ...], train: int, val: int, 
     assert (data.classes, len(data.train), len(data.val)) == (classes, train, val)
     assert bool((split.present.abs().sum(1) > 1).any()) == several
     assert split.images.float().std() > 30
+
+
+def test_reading_images_says_how_far_it_is(tmp_path: Path) -> None:
+    """After each image, in order, also where several threads decode."""
+    data = read_voc(write_sample(tmp_path, train=20, val=20))
+    told: list[tuple[int, int]] = []
+    load_split(data, "val", image_size=8, rule="first", workers=3, progress=lambda *found: told.append(found))
+
+    assert told == [(done, 20) for done in range(1, 21)]

@@ -13,13 +13,19 @@ from typing import Any
 import pytest
 import timm
 import torch
+from packaging.version import Version
 from torch import nn
 
 from freezeplan import apply, apply_plan, resolve_plan
 from freezeplan.errors import PlanError
 from freezeplan.zoo import create_model
 
-ZOO: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("zoo.json").read_text())
+ZOO: dict[str, dict[str, Any]] = {
+    family: entry
+    for family, entry in json.loads(Path(__file__).with_name("zoo.json").read_text()).items()
+    if timm.is_model(entry["model"])
+}
+"""One model of each architecture module, those that an older timm lacks left out."""
 QUICK = {"resnet", "vgg", "levit", "efficientnet", "vision_transformer", "convnext"}
 LAZY = {"convit": "rel_indices"}
 """Buffers that a model derives from its input size at the first forward pass; no statistics."""
@@ -132,6 +138,8 @@ def frozen_parts(model: nn.Module, trained: set[str]) -> Iterator[tuple[str, nn.
 
 def test_the_list_covers_every_architecture_module_of_timm() -> None:
     """A new architecture module of timm is missed here first."""
+    if Version(timm.__version__) < Version("1.0.31"):
+        pytest.skip("zoo.json lists the models of timm 1.0.31")
     modules = {timm.models._registry._model_to_module[name] for name in timm.list_models()}
 
     assert sorted(modules - {"model"}) == sorted(ZOO)
@@ -172,7 +180,7 @@ def test_linear_probe_leaves_exactly_the_classifier_trainable(family: str, entry
     assert sorted(row.name for row in resolution.trained) == sorted(entry["head"])
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("encoder", filter(timm.is_model, ENCODERS))
 def test_an_encoder_without_a_classifier_gets_a_named_error(encoder: str) -> None:
     """A plan that needs the classifier says so where there is none."""
     model = create_model(encoder, meta=True)

@@ -45,6 +45,9 @@ SOURCE = "VGG16 on all of PASCAL VOC 2012 (scratch: 0 % in training)"
 class Watch(Progress, Protocol):
     """Who is told how the whole run is getting on."""
 
+    def decoded(self, done: int, images: int) -> None:
+        """Take note of the images of a split, ``done`` of ``images``, that are decoded."""
+
     def started(self, arm: str, seed: int, images: int) -> None:
         """Take note of an arm that starts and of the images it will be trained on, all epochs together."""
 
@@ -127,7 +130,7 @@ def run(
         model: A timm model name; ``vgg16`` gets the lecture's head.
         weights: A file, ``random``, or None for timm's pretrained weights; see ``weights.build``.
         seeds: Each decides the head, ``reinit``, the order of images, and dropout.
-        watch: Is told of every step, epoch and arm.
+        watch: Is told of every image, step, epoch and arm.
         checkpoints: Where states are kept, and found again; None: nowhere.
         processes: Those that share each batch; all of them call this.
 
@@ -154,6 +157,7 @@ def run(
                         rule=settings.label,
                         workers=settings.workers,
                         skip_bad=settings.skip_bad,
+                        progress=watch.decoded,
                     ).to(device)
                     for split in ("train", "val")
                 )

@@ -182,7 +182,8 @@ def voc_vgg16(
     settings = replace(default_settings(model, sample=sample), **given)
     seeds = list(dict.fromkeys(seed or [0]))
     with TemporaryDirectory() as temporary:
-        voc = read_voc(write_sample(Path(temporary)), name="embedded sample") if data is None else read_voc(data)
+        with render.waiting("reading lists and annotations", stderr):
+            voc = read_voc(write_sample(Path(temporary)), name="embedded sample") if data is None else read_voc(data)
         if download:
             check_counts(voc, VOC2012)
         facts = {
@@ -217,7 +218,8 @@ def voc_vgg16(
         count = "1 image does not decode and was" if len(bad) == 1 else f"{len(bad)} images do not decode and were"
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         stderr.print(f"{count} left out: {', '.join(bad[:5])}{more}", soft_wrap=True)
-    page = to_html(results, photos)
+    with render.waiting("drawing the page", stderr):
+        page = to_html(results, photos)
     write_results(out, results)
     write_report(out / NAME, page)
     checkpoints.remove()

@@ -99,7 +99,7 @@ class VGGFlat(VGG):  # type: ignore[misc]  # timm has no types
         height, width = to_2tuple(img_size)
         self.pre_logits = FlatLinear(self.num_features, (height // stride, width // stride), HIDDEN, **factory)
         self.head = ClassifierHead(HIDDEN, num_classes, pool_type=global_pool, drop_rate=drop_rate, **factory)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = HIDDEN
         self._initialize_weights()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:

@@ -30,6 +30,8 @@ from freezeplan.experiment.arms import PUBLISHED, SOURCE
 from freezeplan.experiment.train import Epoch, Run, Settings
 
 NOT_LEARNED = "did not learn"
+QUIET = 30.0
+"""Seconds between two lines about progress, where there is no terminal."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,10 @@ class Line:
 
 @dataclass
 class Screen:
-    """Watch a run: a live table of arms with a bar below on a terminal, one line an arm where there is none.
+    """Watch a run: a live table of arms with a bar below on a terminal; where there is none a line an arm.
+
+    Without a terminal there is also a line where one is due: how far reading, features or an arm's epochs are, the
+    last line being ``QUIET`` seconds ago.
 
     Use it as a context manager; at the end the terminal is as it was before. It is an ``arms.Watch``.
     """
@@ -52,19 +57,22 @@ class Screen:
     console: Console
     epochs: int
     lines: list[Line] = field(default_factory=list)
+    clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
-            TextColumn("loss {task.fields[loss]}", markup=False),
+            TextColumn("{task.fields[loss]}", markup=False),
             _Speed(),
             TimeRemainingColumn(compact=True),
             console=self.console,
             expand=True,
         )
         self._live = Live(get_renderable=self._view, console=self.console, transient=True, redirect_stdout=False)
+        self._task = self._bar.add_task("reading weights", total=None, loss="")
         self._asked = 0.0
+        self._said = self.clock()
 
     def __enter__(self) -> Screen:
         if self.console.is_terminal:
@@ -74,28 +82,39 @@ class Screen:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._live.stop()
 
+    def decoded(self, done: int, images: int) -> None:
+        """Say how many images are decoded."""
+        self._bar.update(self._task, description="reading images", completed=done, total=images)
+        self._say(f"reading images {done:,}/{images:,}")
+
     def started(self, arm: str, seed: int, images: int) -> None:
         """Add a line to the table and start a new bar."""
         self.lines.append(Line(arm, seed))
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
-        self._task = self._bar.add_task(f"{arm}, seed {seed}", total=images, loss="-")
+        self._task = self._bar.add_task(f"{arm}, seed {seed}", total=images, loss="")
 
     def batch(self, images: int, loss: Tensor) -> None:
         """Move the bar on; the loss is read twice a second, since reading it waits for the device."""
         self._bar.advance(self._task, images)
         self._bar.update(self._task, description=f"{self.lines[-1].arm}, seed {self.lines[-1].seed}")
-        if time.monotonic() - self._asked > 0.5 and self.console.is_terminal:
-            self._asked = time.monotonic()
-            self._bar.update(self._task, loss=f"{float(loss):.3f}")
+        if self.clock() - self._asked > 0.5 and self.console.is_terminal:
+            self._asked = self.clock()
+            self._bar.update(self._task, loss=f"loss {float(loss):.3f}")
 
     def kept(self, done: int, images: int) -> None:
         """Say how many images have features."""
-        self._bar.update(self._task, description=f"{self.lines[-1].arm}: features {done:,}/{images:,}")
+        text = f"{self.lines[-1].arm}: features {done:,}/{images:,}"
+        self._bar.update(self._task, description=text)
+        self._say(text)
 
     def epoch(self, epoch: Epoch) -> None:
         """Show the epoch's figures in the table."""
-        self.lines[-1] = replace(self.lines[-1], epochs=(*self.lines[-1].epochs, epoch))
+        line = self.lines[-1] = replace(self.lines[-1], epochs=(*self.lines[-1].epochs, epoch))
+        self._say(
+            f"{line.arm}, seed {line.seed}: epoch {epoch.epoch} of {self.epochs}, training loss "
+            f"{epoch.train_loss:.3f}, validation top-1 error {percent(epoch.val_top1_error)} %"
+        )
 
     def finished(self, arm: str, run: Run) -> None:
         """Show the arm's figures in the table, or print them where there is no terminal."""
@@ -108,9 +127,14 @@ class Screen:
                 soft_wrap=True,
             )
 
-    def _view(self) -> Group | Text:
+    def _say(self, text: str) -> None:
+        if not self.console.is_terminal and self.clock() - self._said >= QUIET:
+            self._said = self.clock()
+            self.console.print(text, soft_wrap=True)
+
+    def _view(self) -> Group:
         if not self.lines:
-            return Text("reading weights and images ...", "dim")
+            return Group(self._bar)
         table = _table("arm", "seed", "epoch", "train loss", "val top-1 %")
         for line in self.lines:
             last = line.epochs[-1] if line.epochs else None

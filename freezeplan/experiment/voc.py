@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -139,7 +139,14 @@ def label(photo: Photo, rule: LabelRule) -> str:
 
 
 def load_split(
-    data: VocData, split: SplitName, *, image_size: int, rule: LabelRule, workers: int = 1, skip_bad: bool = False
+    data: VocData,
+    split: SplitName,
+    *,
+    image_size: int,
+    rule: LabelRule,
+    workers: int = 1,
+    skip_bad: bool = False,
+    progress: Callable[[int, int], None] = lambda done, images: None,
 ) -> Split:
     """Decode one list of a data set into one tensor, squashing every image to a square.
 
@@ -152,6 +159,7 @@ def load_split(
         rule: Which class an image is trained on, see :func:`label`.
         workers: Threads that decode.
         skip_bad: Leave out images that do not decode and list them in the result, instead of failing.
+        progress: Is told how many images of how many are done, after each.
 
     Returns:
         uint8 images (N, 3, image_size, image_size) in the order of the list, and their classes.
@@ -170,8 +178,11 @@ def load_split(
             return Problem(f"{photos[row].file} does not decode ({_reason(error)})", str(data.files.path))
         return None
 
+    results: list[Problem | None] = []
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        results = list(pool.map(decode_into, range(len(photos))))
+        for problem in pool.map(decode_into, range(len(photos))):
+            results.append(problem)
+            progress(len(results), len(photos))
     bad = [problem for problem in results if problem]
     if bad and not skip_bad:
         raise DataError(replace(bad[0], notes=(_count_bad(len(bad)),)))

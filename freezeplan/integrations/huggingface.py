@@ -14,8 +14,9 @@ try:
     import accelerate  # noqa: F401  # its Trainer needs it
     from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
-except ModuleNotFoundError as error:
-    raise MissingExtraError(error.name or "transformers", "transformers") from None
+    from transformers.trainer_utils import has_length
+except ImportError as error:
+    raise MissingExtraError.of(error, "transformers") from None
 
 
 class FreezePlanCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -32,7 +33,7 @@ class FreezePlanCallback(TrainerCallback, ExportableState):  # type: ignore[misc
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **of: Any) -> None:
         """Find the plans, and go on in the phase of the checkpoint if there is one."""
-        self._plans = Plans(of["model"], args.world_size)
+        self._plans = Plans(of["model"], args.world_size, counted=has_length(of["train_dataloader"]))
         found = state.stateful_callbacks.get(type(self).__name__, {})
         saved = found.get("attributes", {}).get("saved") if isinstance(found, dict) else None
         if saved:

@@ -12,8 +12,8 @@ from freezeplan.integrations.plans import Plans
 
 try:
     from lightning import pytorch as pl
-except ModuleNotFoundError as error:
-    raise MissingExtraError(error.name or "lightning", "lightning") from None
+except ImportError as error:
+    raise MissingExtraError.of(error, "lightning") from None
 
 
 class FreezePlanCallback(pl.Callback):  # type: ignore[misc]

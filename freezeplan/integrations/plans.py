@@ -17,10 +17,11 @@ class Plans:
     Args:
         module: What the trainer trains; the plans were applied to it or to models in it.
         processes: How many processes train it.
+        counted: Whether the trainer counts passes over its data.
 
     Raises:
-        ApplyError: If no plan is live in it, or one has phases and there are several processes: a trainer wraps a
-            model once, and gradients of what a later phase thaws would not be synchronised.
+        ApplyError: If no plan is live in it, or one has phases and passes are not counted, or there are several
+            processes: a trainer wraps a model once, and gradients of what is thawed later would not be synchronised.
 
     Examples:
         >>> from freezeplan.facade import apply_plan
@@ -31,23 +32,26 @@ class Plans:
         0
     """
 
-    def __init__(self, module: nn.Module, processes: int = 1):
+    def __init__(self, module: nn.Module, processes: int = 1, *, counted: bool = True):
         self._live: dict[str, AppliedPlan] = {}
         for name, part in module.named_modules():
             live = applied(part)
             if live is not None and live not in self._live.values():  # a wrapper answers for what it wraps
                 self._live[name] = live
         if not self._live:
-            raise ApplyError(
-                f"no plan is live in {type(module).__name__}",
-                notes=["apply_plan(model, plan, ...) where the model is made, before the trainer starts"],
-            )
+            notes = ["apply_plan(model, plan, ...) where the model is made, before the trainer starts"]
+            raise ApplyError(f"no plan is live in {type(module).__name__}", notes=notes)
         phased = [live.plan.title for live in self._live.values() if live.plan.phases]
         if phased and processes > 1:
             raise ApplyError(
                 f"the plan {phased[0]!r} has phases, and {processes} processes train: this trainer wraps the model "
                 "once, so gradients of what a later phase thaws would not be synchronised",
                 notes=["train in one process, or in a loop of your own: applied.step(epoch=e, rewrap=True)"],
+            )
+        if phased and not counted:
+            raise ApplyError(
+                f"the plan {phased[0]!r} has phases, and this trainer counts no epochs of data without a length",
+                notes=["give the data set a __len__, or train in a loop of your own: applied.step(epoch=e)"],
             )
 
     def step(self, epoch: int, metrics: Mapping[str, float]) -> None:
