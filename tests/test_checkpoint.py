@@ -302,7 +302,7 @@ def test_killed_25_times(tmp_path):
     seconds = min(work(start(tmp_path / name)) for name in ("first", "whole"))
     whole = figures(tmp_path / "whole")
     assert figures(tmp_path / "first") == whole
-    chance, moments = random.Random(0), []
+    chance, moments = random.Random(1), []  # whose first moment is within a hundredth of the run
     for number in range(25):
         out = tmp_path / f"run{number}"
         run = start(out)
