@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +31,7 @@ from freezeplan.errors import ApplyError, FreezePlanError
 from freezeplan.prefix import Prefix
 from freezeplan.replay import capture, close
 from freezeplan.resolution import Resolution
+from freezeplan.whole import flush, whole_file
 
 FeatureDtype = Literal["float32", "float16", "bfloat16"]
 SHARD_BYTES = 64 * 2**20
@@ -383,11 +383,9 @@ def _stored(features: Tensor, dtype: FeatureDtype) -> Tensor:
 
 
 def _write(path: Path, features: Tensor) -> None:
-    temporary = path.with_suffix(".tmp")
-    save_file({"features": features.contiguous()}, temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        save_file({"features": features.contiguous()}, temporary)
+        flush(temporary)
 
 
 def _whole(path: Path, rows: int, boundary: Boundary) -> bool:

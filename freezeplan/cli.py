@@ -34,6 +34,7 @@ from freezeplan.options import (
 from freezeplan.plan import Plan
 from freezeplan.resolution import Resolution
 from freezeplan.resolve import resolve
+from freezeplan.whole import whole_file
 
 app = typer.Typer(
     help="Declarative layer freezing for timm: a plan says what is frozen and what learns how fast.",
@@ -201,10 +202,9 @@ def import_(
     if out is None:
         typer.echo(text, nl=False)
         return
-    temporary = out.with_name(f".{out.name}.part")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(out)
+        with whole_file(out) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write {str(out)!r}: {error.strerror}") from None
 

@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from freezeplan import apply, evidence, guard, names, zoo
-from freezeplan.errors import OutputError, PlanError, WeightsError
+from freezeplan.errors import OutputError, WeightsError, printable
 from freezeplan.load import load_plan
 from freezeplan.plan import Plan
 from freezeplan.resolution import Resolution
 from freezeplan.sharded import put, whole, writes
+from freezeplan.whole import whole_file
 
 _FORMAT = "freezeplan-delta-1"
 _KEYS = ("plan", "phase", "model", "timm", "base", "held")
@@ -97,21 +98,20 @@ def save(model: nn.Module, resolution: Resolution, phase: str, path: str | Path)
 
 
 def write(tensors: Mapping[str, Tensor], header: Mapping[str, str] | None, path: Path) -> None:
-    """Write a safetensors file under a temporary name, then rename it.
+    """Write a safetensors file: whole, or not at all.
 
     Raises:
-        OutputError: If it cannot be written.
+        OutputError: If it cannot be written. What was at ``path`` stays.
     """
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        save_file(dict(tensors), temporary, metadata=None if header is None else dict(header))
-        temporary.replace(path)
+        with whole_file(path) as temporary:
+            save_file(dict(tensors), temporary, metadata=None if header is None else dict(header))
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def read(path: str | Path) -> Delta:
-    """Read a delta file. Nothing of it is executed.
+    """Read a delta file. Nothing of it is executed, and every name in what is returned can be printed.
 
     Args:
         path: A file that ``AppliedPlan.save_delta`` wrote.
@@ -126,20 +126,25 @@ def read(path: str | Path) -> Delta:
         with safe_open(path, framework="pt") as file:
             header: Mapping[str, str] = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"cannot be read as safetensors ({error})", where=where) from None
+    except Exception as error:  # what a damaged file makes a reader raise is not documented
+        raise WeightsError(f"cannot be read as safetensors ({printable(str(error))})", where=where) from None
     if header.get("format") != _FORMAT or any(key not in header for key in _KEYS):
         raise WeightsError(
-            f"is no delta: its header says format {header.get('format', '')!r}", where=where, notes=_NOTES
+            f"is no delta: its header says format {header.get('format', '')[:40]!r}", where=where, notes=_NOTES
         )
     try:
-        plan, held = load_plan(_mapping(header["plan"])), _mapping(header["held"])
-    except (ValueError, PlanError) as error:
+        plan, held = load_plan(_mapping(header["plan"], 2**20)), _mapping(header["held"], 2**24)
+        for key in ("phase", "model", "timm"):
+            _check_name(key, header[key])
+        for name in (*held, *tensors):
+            _check_name("the name of a tensor", name)
+        odd = next((digest for digest in held.values() if not isinstance(digest, str) or len(digest) != 64), None)
+        if odd is not None:
+            raise ValueError(f"expected digests of 64 digits, found {repr(odd)[:60]}")
+        if _content_hash(held) != header["base"]:
+            raise ValueError("the content hash of the base is not that of its digests")
+    except ValueError as error:
         raise WeightsError(f"its header is damaged: {error}", where=where) from None
-    if _content_hash(held) != header["base"]:
-        raise WeightsError(
-            "its header is damaged: the content hash of the base is not that of its digests", where=where
-        )
     return Delta(plan, header["phase"], header["model"], header["timm"], header["base"], held, tensors)
 
 
@@ -305,8 +310,18 @@ def _content_hash(held: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _mapping(text: str) -> dict[str, Any]:
-    found = json.loads(text)
+def _check_name(what: str, text: str) -> None:
+    if len(text) > 1000 or not text.isprintable():
+        raise ValueError(f"{what} is at most 1,000 printable characters, found {repr(text)[:60]}")
+
+
+def _mapping(text: str, most: int) -> dict[str, Any]:
+    if len(text) > most:
+        raise ValueError(f"{len(text):,} characters, expected at most {most:,}")
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(found, dict):
         raise ValueError(f"expected a JSON object, found {text[:40]!r}")
     return found

@@ -116,6 +116,16 @@ class FreezePlanWarning(UserWarning):
     """Something is allowed and probably not meant."""
 
 
+def printable(text: str) -> str:
+    r"""Return a text with what a terminal would obey, and every other character that shows nothing, written out.
+
+    Examples:
+        >>> print(printable("a" + chr(27) + "[2J b"))
+        a\x1b[2J b
+    """
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 def nearest(word: str, names: Iterable[str], *, limit: int = 3, cutoff: float = 0.6) -> list[str]:
     """Return at most ``limit`` of ``names`` that look like ``word``, best first, shorter names before longer ones.
 

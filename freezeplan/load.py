@@ -209,8 +209,10 @@ def _parsed(text: str, suffix: str, name: str) -> tuple[Any, Source]:
 def _parse_yaml(text: str, name: str) -> Any:
     if _brackets(text) > _DEEPEST * 8:  # the parser would take seconds to fail
         raise PlanError("nested too deeply for a plan", where=name)
+    reader = YAML(typ="rt", pure=True)
+    reader.composer.warn_double_anchors = False  # YAML 1.2 allows them; the warning would quote the file
     try:
-        return YAML(typ="rt", pure=True).load(io.StringIO(text))
+        return reader.load(io.StringIO(text))
     except DuplicateKeyError as error:
         key = re.search(r'found duplicate key "(.*?)"', str(error.problem))
         first = (f"first given at line {error.context_mark.line + 1}",) if error.context_mark else ()

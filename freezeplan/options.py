@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 from typing import Annotated, Any, get_args
 
 import typer
@@ -73,5 +74,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text
 
 
 def print_json(data: object) -> None:
-    """Print data as JSON, names as they are written."""
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    """Print data as JSON, names as they are written; what is no number, which JSON cannot say, is null."""
+    typer.echo(json.dumps(_numbers(data), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _numbers(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _numbers(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_numbers(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

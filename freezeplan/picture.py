@@ -15,6 +15,7 @@ from freezeplan.description import Description
 from freezeplan.errors import FreezePlanError, MissingExtraError, OutputError
 from freezeplan.report import phase_end
 from freezeplan.resolution import Resolution, Row
+from freezeplan.whole import whole_file
 
 LIMIT = 64
 """Blocks of a picture, at most where the model's parts allow: more are not readable."""
@@ -131,18 +132,14 @@ def draw(resolution: Resolution, model: Description, path: Path) -> None:
     figure = paint(resolution, model)
     import matplotlib
 
-    temporary = path.with_name(f".{path.name}.part")
     kind = path.suffix.lower()[1:]
     title = f"{resolution.plan.title} on {resolution.model}"
     metadata = {"Title": title, "Date": None} if kind == "svg" else {"Title": title}
     try:
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}), whole_file(path) as temporary:
             figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
-        temporary.replace(path)
     except OSError as error:
         raise OutputError(f"cannot write {str(path)!r}: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def paint(resolution: Resolution, model: Description) -> Any:

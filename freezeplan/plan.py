@@ -42,11 +42,31 @@ SETTINGS = ("frozen", "lr_mult", "wd_mult", "mode", "reinit")
 def _check_pattern(pattern: str) -> str:
     if not pattern:
         raise PydanticCustomError("bad_pattern", "an empty pattern matches no name")
-    reason = objection(pattern)
+    reason = objection(pattern) or ("" if pattern.isprintable() else "has characters that cannot be printed")
     if reason:
-        shown = repr(pattern if len(pattern) <= 200 else pattern[:60] + "...")
-        raise PydanticCustomError("bad_pattern", "pattern {pattern} {reason}", {"pattern": shown, "reason": reason})
+        facts = {"pattern": _short(pattern), "reason": reason}
+        raise PydanticCustomError("bad_pattern", "pattern {pattern} {reason}", facts)
     return pattern
+
+
+def _check_printable(text: str) -> str:
+    if not text.isprintable():
+        raise PydanticCustomError(
+            "not_printable", "expected printable characters on one line, found {found}", {"found": _short(text)}
+        )
+    return text
+
+
+def _check_lines(text: str) -> str:
+    if not all(line.isprintable() for line in text.split("\n")):
+        raise PydanticCustomError(
+            "not_printable", "expected printable characters and ends of lines, found {found}", {"found": _short(text)}
+        )
+    return text
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 200 else f"{text[:60]}...")
 
 
 def _check_multiplier(value: object) -> object:
@@ -232,7 +252,7 @@ class Plateau(_Data):
         'min'
     """
 
-    metric: Annotated[str, Field(strict=True, min_length=1)]
+    metric: Annotated[str, Field(strict=True, min_length=1), AfterValidator(_check_printable)]
     """Name under which ``applied.step(metrics={...})`` gets it."""
     patience: Annotated[int, Field(strict=True, ge=1)]
     """Epochs without a new best value after which the phase ends."""
@@ -268,7 +288,7 @@ class Phase(_Data):
         2
     """
 
-    name: Annotated[str, Field(strict=True, min_length=1)]
+    name: Annotated[str, Field(strict=True, min_length=1), AfterValidator(_check_printable)]
     """What the phase is called in reports; no two alike."""
     until: Until | None = None
     """Where it ends: before this epoch, counted from 0 since the start of training; after this percentage of the
@@ -290,9 +310,9 @@ class Plan(_Data):
 
     version: Annotated[Literal[1], BeforeValidator(_check_version)]
     """Version of the plan language, always 1; readable through all of freezeplan 1.x."""
-    name: Annotated[str, Field(strict=True)] | None = None
+    name: Annotated[str, Field(strict=True), AfterValidator(_check_printable)] | None = None
     """What the plan is called in reports."""
-    description: Annotated[str, Field(strict=True)] | None = None
+    description: Annotated[str, Field(strict=True), AfterValidator(_check_lines)] | None = None
     """What it is for, and the source of the method."""
     rules: Annotated[tuple[Rule, ...], AfterValidator(_check_rules)]
     """The rules, first match first."""

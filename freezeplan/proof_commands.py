@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from freezeplan import render
-from freezeplan.errors import FreezePlanError, WeightsError
+from freezeplan.errors import FreezePlanError, OutputError, PlanError, WeightsError
 from freezeplan.options import AsJson, ModelArg, ModelOption, NumClasses, PlanOption, print_json
 
 if TYPE_CHECKING:
@@ -29,7 +29,10 @@ def verify(
     model_arg: ModelArg = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say whether what a plan freezes is the same in two files; exit code 0: held, 1: moved, 2: not comparable."""
+    """Say whether what a plan freezes is the same in two files; exit code 0: held, 1: moved, 2: not comparable.
+
+    Of a checkpoint with an average of the weights (EMA) beside them the weights themselves are compared.
+    """
     try:
         with render.waiting("comparing weights"):
             found = _compared(before, after, plan, model, num_classes, model_arg)
@@ -55,9 +58,14 @@ def _compared(
     loaded = load_plan(plan)
     described = create_model(model, num_classes=num_classes, meta=True, **dict(model_arg or ()))
     resolution = resolve_plan(loaded, described)
-    return compare_states(
+    found = compare_states(
         described, resolution, read_state(before), read_state(after), origins=(str(before), str(after))
     )
+    if not found.checked:  # nothing moved of nothing: a wrong plan would prove whatever one likes
+        throughout = " in all its phases" if loaded.phases else ""
+        notes = [f"freezeplan show {plan} {model} says what it does; give the plan that was trained with"]
+        raise PlanError(f"plan {loaded.title!r} freezes nothing of {model}{throughout}", notes=notes)
+    return found
 
 
 @delta.command()
@@ -97,6 +105,10 @@ def apply_(
     from freezeplan.delta import apply_to_state, read, write
     from freezeplan.statefile import read_state
 
+    for what, path in (("DELTA", file), ("BASE", base)):
+        if out.resolve() == path.resolve():
+            notes = ["give the whole weights a file of their own"]
+            raise OutputError(f"OUT is {what} itself, which stays as it is", where=str(out), notes=notes)
     found = read(file)
     with render.waiting("checking the base and writing the weights"):
         write(apply_to_state(found, read_state(base), where=str(file), base=str(base)), None, out)

@@ -19,7 +19,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from freezeplan.difference import Change
-from freezeplan.errors import FreezePlanError
+from freezeplan.errors import FreezePlanError, printable
 from freezeplan.plan import Plan
 from freezeplan.report import Node, count, phase_end, rule_line, tree
 from freezeplan.resolution import Resolution
@@ -47,17 +47,21 @@ def print_error(error: FreezePlanError) -> None:
     for index, problem in enumerate(error.problems):
         if index:
             console.print()
-        head = Text.assemble(
-            ("error: ", "bold red"), (f"{problem.where}: " if problem.where else "", "bold"), problem.message
-        )
+        place = f"{_harmless(problem.where)}: " if problem.where else ""
+        head = Text.assemble(("error: ", "bold red"), (place, "bold"), _harmless(problem.message))
         console.print(head, soft_wrap=True)
         for note in problem.notes:
-            console.print(Text(f"  {note}"), soft_wrap=True)
+            console.print(Text(f"  {_harmless(note)}"), soft_wrap=True)
 
 
 def print_warning(message: Warning | str, *_: object, **__: object) -> None:
     """Print a warning to stderr without the place in the code that gave it; stands in for ``warnings.showwarning``."""
-    stderr().print(Text.assemble(("warning: ", "bold yellow"), str(message)), soft_wrap=True)
+    stderr().print(Text.assemble(("warning: ", "bold yellow"), _harmless(str(message))), soft_wrap=True)
+
+
+def _harmless(text: str) -> str:
+    """Strangers' files are quoted, and may hold what a terminal would obey; only ends of lines stay what they are."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def print_resolution(resolution: Resolution, lr: float | None) -> None:

@@ -632,7 +632,7 @@ def test_compiling_keeps_working(resnet):
     """A compiled model with a plan is one graph, answers the same, and its frozen part stands still."""
     live = apply_plan(resnet, "linear_probe")
     live.seal()
-    compiled = torch.compile(resnet, backend="eager", fullgraph=True)
+    compiled = torch.compile(resnet, backend="aot_eager", fullgraph=True)  # traces the backward pass too
     compiled.train()
     answer = compiled(image())
     answer.sum().backward()

@@ -134,7 +134,8 @@ def checkpointed_parts(model: nn.Module) -> nn.Module:
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    return torch.compile(model, backend="eager")
+    """Compiled with a backend that traces the backward pass too, where flags are baked in."""
+    return torch.compile(model, backend="aot_eager")
 
 
 def parametrized(model: nn.Module) -> nn.Module:
@@ -162,6 +163,45 @@ def test_a_wrapper_changes_nothing_of_the_result(wrap: Callable[[nn.Module], nn.
     assert live.verify()
     for (name, one), (_, two) in zip(bare.named_parameters(), model.named_parameters(), strict=True):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def phased(wrap: Callable[[nn.Module], nn.Module]) -> tuple[nn.Module, list[list[str]]]:
+    """Train the head, then all behind a frozen part, then the head again; the names that moved in each epoch."""
+    model = build()
+    head = {"match": "(?!fc).*", "frozen": True}
+    phases = [
+        {"name": "head", "until": 1, "rules": [head]},
+        {"name": "most", "until": 2},
+        {"name": "last", "rules": [head]},
+    ]
+    live = apply_plan(model, {**PLAN, "phases": phases}, lr=0.01, weight_decay=0.1)
+    live.seal()
+    run = wrap(model)
+    optimizer = torch.optim.SGD(live, momentum=0.9)
+    random = torch.Generator().manual_seed(1)
+    moved = []
+    for epoch in range(3):
+        live.step(epoch=epoch)
+        before = state(model)
+        run.train()
+        for _ in range(2):
+            optimizer.zero_grad()
+            run(torch.randn(4, 3, 32, 32, generator=random)).square().mean().backward()
+            optimizer.step()
+        moved.append([name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])])
+    assert live.verify()
+    return model, moved
+
+
+def test_a_compiled_model_follows_the_phases() -> None:
+    """What a phase thaws gets its gradients although the model was compiled before, and what it freezes gets none."""
+    (plain, expected), (model, moved) = phased(lambda model: model), phased(compiled)
+
+    assert moved == expected
+    assert set(moved[0] + moved[2]) == {"fc.weight", "fc.bias"}
+    assert {name.partition(".")[0] for name in moved[1]} == {"layer3", "layer4", "fc"}
+    for (name, one), two in zip(plain.state_dict().items(), model.state_dict().values(), strict=True):
+        torch.testing.assert_close(two, one, atol=1e-6, rtol=1e-5, msg=name)
 
 
 def test_a_frozen_parametrized_weight_stands_still() -> None:

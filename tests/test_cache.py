@@ -51,7 +51,7 @@ def test_features_are_the_models_answers_so_far(live, tmp_path):
 
     assert (features.computed, again.computed) == (10, 0)
     assert len(list(tmp_path.glob("*/*.safetensors"))) == 3
-    assert not list(tmp_path.glob("*/*.lock")) + list(tmp_path.glob("*/*.tmp"))
+    assert not list(tmp_path.glob("*/*.lock")) + list(tmp_path.glob("*/.*.part"))
     assert torch.equal(features.batch(range(10)), again.batch(range(10)))
     assert torch.allclose(rest(features.batch(range(10))), live.model(images), atol=1e-5)
     assert [int(label) for _, label in (features[i] for i in range(10))] == labels.tolist()
@@ -404,7 +404,7 @@ def test_killed_twenty_times(work, tmp_path):
 
             assert computed == 120 - 4 * kept
             assert torch.equal(features, expected)
-            assert not list(where.glob("*/*.tmp"))
+            assert not list(where.glob("*/.*.part"))
     finally:
         torch.set_num_threads(threads)
     assert partly >= 3

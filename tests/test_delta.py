@@ -272,6 +272,50 @@ DAMAGES = [
     ),
     pytest.param(damage(plan="{"), "its header is damaged: Expecting property name", id="json"),
     pytest.param(damage(held="[]"), "its header is damaged: expected a JSON object, found '[]'", id="not-an-object"),
+    pytest.param(damage(held="[" * 100_000), "its header is damaged: nested too deeply", id="deep-held"),
+    pytest.param(damage(plan="[" * 100_000), "its header is damaged: nested too deeply", id="deep-plan"),
+    pytest.param(
+        damage(plan=" " * 2**20 + "{}"), "its header is damaged: 1,048,578 characters, expected at most", id="large"
+    ),
+    pytest.param(
+        damage(held='{"a": 1}'), "its header is damaged: expected digests of 64 digits, found 1", id="digests-no-text"
+    ),
+    pytest.param(
+        damage(held='{"a": "0"}'), "its header is damaged: expected digests of 64 digits, found '0'", id="digests-short"
+    ),
+    pytest.param(
+        damage(held='{"a\\u001b[2J": "0"}'),
+        "its header is damaged: the name of a tensor is at most 1,000 printable characters, found 'a\\x1b[2J'",
+        id="escape-in-held",
+    ),
+    pytest.param(
+        lambda file: save_file({"a\x1b[2J": torch.zeros(1)}, file, metadata=header_of(file)),
+        "its header is damaged: the name of a tensor is at most 1,000 printable characters, found 'a\\x1b[2J'",
+        id="escape-in-a-tensor",
+    ),
+    *(
+        pytest.param(
+            damage(**{key: "x\x1b]0;y\a"}),
+            f"its header is damaged: {key} is at most 1,000 printable characters, found 'x\\x1b]0;y\\x07'",
+            id=f"escape-in-{key}",
+        )
+        for key in ("phase", "model", "timm")
+    ),
+    pytest.param(
+        damage(plan='{"version": 1, "name": "\\u001b[2J", "rules": [{"match": ".*", "lr_mult": 1}]}'),
+        "its header is damaged: name: expected printable characters on one line, found '\\x1b[2J'",
+        id="escape-in-the-plan",
+    ),
+    pytest.param(
+        lambda file: save_file({"a": torch.zeros(1)}, file, metadata={"format": "\x1b" * 99}),
+        "is no delta: its header says format '" + "\\x1b" * 40 + "'\n",
+        id="escape-in-the-format",
+    ),
+    pytest.param(
+        lambda file: file.write_bytes(file.read_bytes().replace(b'"dtype":"F32"', b'"dtype":"\x1b32"')),
+        "cannot be read as safetensors (",
+        id="escape-in-a-type",
+    ),
     pytest.param(damage(plan='{"version": 2}'), "its header is damaged: version: ", id="plan"),
     pytest.param(
         damage(base="0" * 64),
@@ -290,15 +334,19 @@ def test_a_file_that_is_no_delta_is_named(file, change, said):
         load_delta(make(), file)
 
     assert str(error.value).startswith(f"{file}: {said}")
+    assert all(line.isprintable() for line in str(error.value).splitlines())
 
 
 def test_where_a_delta_cannot_be_written(tmp_path):
-    """A folder that does not exist is named."""
-    path = tmp_path / "missing" / "probe.safetensors"
-    with pytest.raises(OutputError) as error:
-        apply_plan(make(), PROBE).save_delta(path)
+    """A folder that does not exist, or is where the file should be, is named; nothing half-written is left."""
+    (tmp_path / "folder").mkdir()
+    live = apply_plan(make(), PROBE)
+    for path in (tmp_path / "missing" / "probe.safetensors", tmp_path / "folder"):
+        with pytest.raises(OutputError) as error:
+            live.save_delta(path)
 
-    assert str(error.value).startswith(f"cannot write {str(path)!r}: ")
+        assert str(error.value).startswith(f"cannot write {str(path)!r}: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from freezeplan import Plan, load_plan
 from freezeplan.catalogue import shipped
 from freezeplan.dump import dump
 
-TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=12)
+PRINTABLE = st.characters(codec="utf-8", exclude_categories=["C", "Z"], include_characters=" ")
+LINES = st.text(PRINTABLE | st.just("\n"), max_size=12)
 PATTERN = st.sampled_from(
     [".*", r"a\.b", "it's", "x: y", "[ab]{1,2}", "# no", "- no", "true", "1e3", "Größe", "\U0001f600"]
 )
@@ -37,8 +38,8 @@ def again(text: str) -> Plan:
 
 
 @given(
-    name=TEXT,
-    description=TEXT,
+    name=st.text(PRINTABLE, max_size=12),
+    description=LINES,
     rules=st.lists(RULE, min_size=1, max_size=3),
     phases=PHASES,
     decay=st.none() | st.floats(0.01, 1),

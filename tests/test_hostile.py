@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import time
+from contextlib import suppress
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from freezeplan import FreezePlanError, load_plan, patterns
 from freezeplan.catalogue import shipped
 from freezeplan.description import Description, Module, Tensor
+from freezeplan.dump import dump
+from freezeplan.plan import Phase, Plan, Plateau, Rule
 from freezeplan.resolve import resolve
 
 ALIASES = "version: 1\na: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -26,20 +33,54 @@ HOSTILE = {
     ),
     "key.yaml": ("version: 1\nrules:\n  - {{match: a}: frozen}\n", "a key is text, found a CommentedKeyMap"),
     "large.yaml": ("name: " + "x" * 300_000, "300,006 characters; a plan has at most 262,144"),
+    "name.yaml": (
+        'version: 1\nname: "x\\e[2Jy"\nrules:\n  - {match: .*, lr_mult: 1}\n',
+        "2:7: expected printable characters on one line, found 'x\\x1b[2Jy'",
+    ),
+    "name.json": (
+        '{"version": 1, "name": "a\\nb", "rules": [{"match": ".*", "lr_mult": 1}]}',
+        "1:24: expected printable characters on one line, found 'a\\nb'",
+    ),
+    "name.toml": (
+        'version = 1\nname = "x\\u202Ey"\nrules = [{match = ".*", lr_mult = 1}]\n',
+        "2:8: expected printable characters on one line, found 'x\\u202ey'",
+    ),
+    "description.yaml": (
+        'version: 1\ndescription: "two\\nlines\\a"\nrules:\n  - {match: .*, lr_mult: 1}\n',
+        "2:14: expected printable characters and ends of lines, found 'two\\nlines\\x07'",
+    ),
+    "phase.yaml": (
+        'version: 1\nphases:\n  - {name: "\\e]0;x", until: 1}\n  - {name: b}\nrules:\n  - {match: .*, lr_mult: 1}\n',
+        "3:12: expected printable characters on one line, found '\\x1b]0;x'",
+    ),
+    "metric.yaml": (
+        'version: 1\nphases:\n  - {name: a, until: {metric: "\\r", patience: 1}}\n  - {name: b}\n'
+        "rules:\n  - {match: .*, lr_mult: 1}\n",
+        "3:22: expected printable characters on one line, found '\\r'",
+    ),
+    "pattern.yaml": (
+        'version: 1\nrules:\n  - {match: "a\\e[2J]", lr_mult: 1}\n',
+        "3:13: pattern 'a\\x1b[2J]' has characters that cannot be printed",
+    ),
+    "key.toml": (
+        '"a\\u001b" = 1\nversion = 1\nrules = [{match = ".*", lr_mult = 1}]\n',
+        "1:1: unknown key 'a\\x1b'\n  known keys: " + ", ".join(Plan.model_fields),
+    ),
     "zero.yaml": ("version: 1\x00", "not YAML: unacceptable character #x0000: special characters are not allowed"),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_get_one_sentence(name, tmp_path):
-    """Aliases that blow up, depth, tags that would run code, size."""
+    """Aliases that blow up, depth, tags that would run code, size, and what a terminal would obey."""
     text, message = HOSTILE[name]
     (tmp_path / name).write_text(text)
     begun = time.perf_counter()
     with pytest.raises(FreezePlanError) as error:
         load_plan(tmp_path / name)
 
-    assert str(error.value) == f"{tmp_path / name}: {message}"
+    placed = re.match(r"\d+:\d+: ", message)
+    assert str(error.value) == f"{tmp_path / name}:{'' if placed else ' '}{message}"
     assert time.perf_counter() - begun < 5
 
 
@@ -86,15 +127,41 @@ def mutated(content, chance):
     return bytes(content)
 
 
+def toml(value):
+    """A value as TOML writes it inside a line; its strings are JSON's."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(str(key))} = {toml(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml, value))}]"
+    return repr(value) if isinstance(value, float) else json.dumps(value)
+
+
+def written(data, suffix):
+    """A plan's data as a file of this kind holds them."""
+    if suffix == ".toml":
+        return "".join(f"{json.dumps(str(key))} = {toml(part)}\n" for key, part in data.items())
+    return json.dumps(data, indent=2)
+
+
 @pytest.mark.slow
-def test_ten_thousand_mutated_plans(tmp_path):
-    """Bytes of every preset, changed at random: a plan or an error, each within a second of the processor's time."""
+@pytest.mark.parametrize("suffix", [".yaml", ".toml", ".json"])
+def test_mutated_plans(suffix, tmp_path):
+    """2,500 a format: bytes of every preset, changed at random: a plan or an error, each within a second of work."""
     chance = random.Random(0)
-    presets = [path.read_bytes() for path in shipped().values()]
+    plans = [load_plan(name) for name in shipped()]
+    if suffix == ".yaml":
+        texts = [path.read_bytes() for path in shipped().values()] + [dump(plan).encode() for plan in plans]
+    else:
+        data = [plan.model_dump(mode="json", exclude_defaults=True) for plan in plans]
+        texts = [written(found, suffix).encode() for found in data]
+    path = tmp_path / f"plan{suffix}"
+    for text, plan in zip(texts, plans, strict=False):
+        path.write_bytes(text)
+        assert load_plan(path) == plan
     found: set[str] = set()
-    path, loaded, slowest = tmp_path / "plan.yaml", 0, 0.0
-    for _ in range(10_000):
-        path.write_bytes(mutated(chance.choice(presets), chance))
+    loaded, slowest = 0, 0.0
+    for _ in range(2_500):
+        path.write_bytes(mutated(chance.choice(texts), chance))
         begun = time.process_time()
         try:
             load_plan(path)
@@ -103,6 +170,100 @@ def test_ten_thousand_mutated_plans(tmp_path):
             found.add(str(error))
         slowest = max(slowest, time.process_time() - begun)
 
-    assert 500 < loaded < 9_500
+    assert 50 < loaded < 2_400
     assert all(found)
     assert slowest < 1
+
+
+KEYS = st.sampled_from([*Plan.model_fields, *Rule.model_fields, *Phase.model_fields, *Plateau.model_fields])
+LEAVES = st.one_of(
+    st.sampled_from(["head", ".*", "a|b", "(a", "25%", "eval", "timm", "1..3", "x\x1b", 0, 1, 0.5, True, None]),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+)
+
+
+def nested(keys):
+    """Lists and mappings of anything."""
+    return st.recursive(
+        LEAVES, lambda part: st.lists(part, max_size=3) | st.dictionaries(keys, part, max_size=4), max_leaves=12
+    )
+
+
+MEANT = {
+    "match": [".*", "layer1", ["a", "b"]],
+    "role": ["head", ["norm", "bias"]],
+    "stage": [1, "2..", [0, "-1"]],
+    "type": ["Conv.*"],
+    "lr_mult": [0.5, 1],
+    "wd_mult": [0, 2.5],
+    "mode": ["eval"],
+    "reinit": [True, False],
+    "optional": [True],
+    "default": [{"frozen": True}, {"lr_mult": 1}],
+    "layer_decay": [0.7],
+    "name": ["a plan"],
+    "description": ["two\nlines"],
+    "overlap": ["first", "error"],
+    "until": [1, "25%", {"metric": "loss", "patience": 2}],
+}
+"""What may stand under a key; mostly it does."""
+
+
+def some(**needed):
+    """A mapping with keys of these names, most of whose values are meant and the others anything."""
+    values = {key: st.sampled_from(MEANT[key] * 20) | LEAVES | nested(KEYS) for key in needed.pop("optional")}
+    return st.fixed_dictionaries(needed, optional=values)
+
+
+RULES = st.lists(
+    some(
+        match=st.sampled_from([".*", "fc"]), lr_mult=st.just(1), optional=["role", "stage", "wd_mult", "mode", "reinit"]
+    )
+    | some(type=st.just("Conv.*"), mode=st.just("eval"), optional=["match", "optional", "reinit"]),
+    min_size=1,
+    max_size=3,
+)
+PLANS = st.one_of(
+    st.dictionaries(KEYS, nested(KEYS), max_size=6),
+    st.dictionaries(KEYS | LEAVES, nested(KEYS | LEAVES), max_size=6),
+    some(version=st.just(1), rules=RULES, optional=["default", "name", "description", "layer_decay", "overlap"]),
+    some(
+        version=st.just(1),
+        rules=RULES,
+        phases=st.tuples(
+            some(name=st.just("one"), until=st.just(3), optional=["description"])
+            | some(name=st.just("one"), optional=["until"]),
+            st.fixed_dictionaries({"name": st.just("two") | LEAVES, "rules": RULES}),
+        ).map(list),
+        optional=["name"],
+    ),
+)
+
+
+def holds_none(value):
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value is None or any(map(holds_none, parts))
+
+
+@pytest.mark.slow
+def test_data_with_the_keys_of_plans(tmp_path):
+    """1,250 times as a dict and as a file: with the three tests above, ten thousand plans."""
+    loaded, slowest = [], [0.0]
+
+    @settings(max_examples=1_250, suppress_health_check=list(HealthCheck))
+    @given(PLANS, st.sampled_from([".yaml", ".toml", ".json"]))
+    def check(data, suffix):
+        path = tmp_path / f"plan{suffix if not holds_none(data) else '.json'}"
+        path.write_text(written(data, path.suffix), encoding="utf-8", errors="surrogatepass")
+        for plan in (data, path):
+            begun = time.process_time()
+            with suppress(FreezePlanError):
+                loaded.append(load_plan(plan))
+            slowest.append(time.process_time() - begun)
+
+    check()
+    assert len(slowest) > 2_500
+    assert 100 < len(loaded) < 2_400
+    assert max(slowest) < 1

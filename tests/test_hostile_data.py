@@ -25,7 +25,7 @@ from freezeplan.errors import DataError, WeightsError
 from freezeplan.experiment import archive as archive_module
 from freezeplan.experiment import voc as voc_module
 from freezeplan.experiment.voc import read_voc
-from freezeplan.experiment.weights import read_state
+from freezeplan.experiment.weights import read_weights
 from freezeplan.patterns import Pattern, SlowPatternError
 
 
@@ -331,7 +331,7 @@ def test_weights_that_would_run_something(way: str, tmp_path: Path) -> None:
         torch.save(content, path, _use_new_zipfile_serialization=way == "torch")
 
     with pytest.raises(WeightsError) as caught:
-        read_state(path)
+        read_weights(path)
 
     assert not (tmp_path / "ran").exists()
     asks = f"{path}: asks for posix.mkdir; a checkpoint holds tensors, and nothing in a file is executed"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from freezeplan import apply_plan
+from freezeplan import applied, apply_plan
 from freezeplan.cli import main
 from freezeplan.errors import WeightsError
 from freezeplan.statefile import read_state
@@ -149,6 +149,58 @@ def test_the_comparison_as_json(run, model, before, after):
     assert found["moved"][0]["relative"] == 0.5
 
 
+def test_what_is_no_number_is_null_in_json(run, model, before, after, probe):
+    """A weight of NaN moved by no number: JSON that every reader takes, and exit code 1."""
+    model.conv1[0].weight.data.fill_(float("nan"))
+    save_file(model.state_dict(), after)
+    code, out, _ = compare(run, before, after, "--json")
+    strict = json.loads(out, parse_constant=pytest.fail)
+
+    assert (code, strict["moved"][0]["name"], strict["moved"][0]["max_abs"]) == (1, "conv1.0.weight", None)
+    applied(model).undo()
+    model.load_state_dict(load_file(before))
+    model.fc.weight.data.fill_(float("inf"))
+    apply_plan(model, "linear_probe").save_delta(after)
+    code, out, _ = run("delta", "diff", probe, after, "--json")
+    changes = json.loads(out, parse_constant=pytest.fail)
+    assert (code, [change["name"] for change in changes]) == (1, ["fc.weight"])
+    assert changes[0]["max_abs"] is None
+
+
+def test_a_plan_that_freezes_nothing_proves_nothing(run, before):
+    """Exit code 2: a wrong name of a preset must not look like a freeze that held."""
+    code, out, err = run("verify", before, before, "--plan", "full", *MODEL)
+
+    assert (code, out) == (2, "")
+    assert err == (
+        "error: plan 'full' freezes nothing of test_resnet\n"
+        "  freezeplan show full test_resnet says what it does; give the plan that was trained with\n"
+    )
+
+
+def test_a_plan_that_freezes_nothing_throughout(run, before, tmp_path):
+    """What one phase trains is not frozen: a plan that thaws everything in the end proves nothing either."""
+    plan = tmp_path / "thaw.json"
+    phases = [{"name": "head", "until": 1, "rules": [{"role": "body", "frozen": True}]}, {"name": "all"}]
+    plan.write_text(
+        json.dumps({"version": 1, "name": "thaw", "phases": phases, "rules": [{"match": ".*", "lr_mult": 1}]})
+    )
+    code, _, err = run("verify", before, before, "--plan", plan, *MODEL)
+
+    assert code == 2
+    assert err.startswith("error: plan 'thaw' freezes nothing of test_resnet in all its phases\n")
+
+
+def test_an_error_prints_nothing_that_a_terminal_obeys(run, before, tmp_path):
+    """Names of strangers are quoted in errors; only ends of lines stay what they are."""
+    torch.save({"a\x1b[2J": torch.zeros(1)}, tmp_path / "a.pt")
+    (tmp_path / "b\x1b[2J.pt").write_bytes(b"")
+    errors = [compare(run, before, tmp_path / name)[2] for name in ("a.pt", "b\x1b[2J.pt")]
+
+    assert f"error: {tmp_path}/b\\x1b[2J.pt: cannot be read as a checkpoint\n" in errors[1]
+    assert all(line.isprintable() for error in errors for line in error.split("\n"))
+
+
 def checkpoint(key):
     def write(state, path):
         torch.save({"epoch": 3, key: state} if key else dict(state), path)
@@ -240,9 +292,110 @@ def test_a_checkpoint_never_runs_code(tmp_path, capsys):
     with pytest.raises(WeightsError) as empty:
         read_state(path)
 
-    assert str(error.value).startswith(f"{path}: cannot be read as a checkpoint with weights_only=True (")
+    assert str(error.value) == (
+        f"{path}: asks for print; a checkpoint holds tensors, and nothing in a file is executed\n"
+        "  save the model's state_dict, best as a safetensors file, and give that"
+    )
     assert str(empty.value) == f"{path}: holds no tensors"
     assert "executed" not in capsys.readouterr().out
+
+
+DAMAGED = (
+    "cannot be read as a checkpoint\n  it is damaged, or no file that torch.save wrote; a safetensors file is called "
+)
+
+
+def holding_itself(path):
+    content = {}
+    content["model"] = content
+    torch.save(content, path)
+
+
+def with_a_name(path):
+    torch.save({"a\x1b[2J": torch.zeros(1)}, path)
+
+
+STATES = [
+    pytest.param(
+        "a.pth",
+        lambda path: torch.save(torch.nn.Linear(1, 1), path),
+        "asks for torch.nn.modules.linear.Linear; a checkpoint holds tensors, and nothing in a file is executed\n"
+        "  save the model's state_dict, best as a safetensors file, and give that",
+        id="whole-model",
+    ),
+    pytest.param(
+        "a.pth",
+        lambda path: path.write_bytes(b"\x80\x02cos\x1b[2J\nsystem\n."),
+        "asks for os\\x1b[2J.system; a checkpoint holds tensors, and nothing in a file is executed\n"
+        "  save the model's state_dict, best as a safetensors file, and give that",
+        id="escape-in-what-it-asks-for",
+    ),
+    pytest.param("a.pth", lambda path: path.write_bytes(b"eoo" * 99), f"{DAMAGED}.safetensors", id="junk"),
+    pytest.param("a.pth", lambda path: path.write_bytes(b""), f"{DAMAGED}.safetensors", id="empty"),
+    pytest.param(
+        "a.pth", lambda path: path.write_bytes(b"\x80\x02" + b"]" * 99_999), f"{DAMAGED}.safetensors", id="deep"
+    ),
+    pytest.param(
+        "a.pth", lambda path: path.mkdir(), "is a folder\n  expected a safetensors file or a checkpoint", id="folder"
+    ),
+    pytest.param(
+        "a.safetensors",
+        lambda path: path.write_bytes(b"no"),
+        "cannot be read as safetensors (Error while deserializing header: header too small)\n"
+        "  it is damaged, or something else",
+        id="safetensors",
+    ),
+    pytest.param("a.pth", holding_itself, "holds no tensors", id="holds-itself"),
+    pytest.param("a.pth", with_a_name, "holds a tensor whose name cannot be printed, 'a\\x1b[2J'", id="name"),
+    pytest.param(
+        "a.pth",
+        lambda path: torch.save({"a": torch.zeros(1).expand(10**12)}, path),
+        "holds 'a', 1,000,000,000,000 values of float32 that are not written out in its {size} bytes",
+        id="one-value-many-times",
+    ),
+    pytest.param(
+        "a.pth",
+        lambda path: torch.save({"a": torch.zeros(2, device="meta")}, path),
+        "holds 'a', 2 values of float32 that are not written out in its {size} bytes",
+        id="meta",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "write", "said"), STATES)
+def test_files_that_are_no_weights(tmp_path, name, write, said):
+    """One sentence and what to do; torch's advice to trust the file is not passed on."""
+    path = tmp_path / name
+    write(path)
+    with pytest.raises(WeightsError) as error:
+        read_state(path)
+
+    assert str(error.value) == f"{path}: {said.replace('{size}', f'{path.stat().st_size:,}')}"
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    """The system's own reason."""
+
+    def locked(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
+    monkeypatch.setattr(torch, "load", locked)
+    with pytest.raises(WeightsError) as error:
+        read_state(tmp_path / "a.pth")
+
+    assert str(error.value) == f"{tmp_path / 'a.pth'}: cannot be read (Permission denied)"
+
+
+def test_averages_are_taken_where_they_are_asked_for(tmp_path):
+    """What was trained for a proof, the average for a start; counters beside them are neither."""
+    own, average = {"a": torch.ones(1)}, {"a": torch.zeros(1)}
+    for key in ("state_dict_ema", "model_ema"):
+        torch.save({"epoch": torch.tensor(3), "model": own, key: average}, tmp_path / "a.pth")
+        assert read_state(tmp_path / "a.pth") == own
+        assert read_state(tmp_path / "a.pth", averages=True) == average
+    torch.save({"state_dict": own}, tmp_path / "a.pth")
+    assert read_state(tmp_path / "a.pth", averages=True) == own
 
 
 @pytest.fixture
@@ -278,6 +431,22 @@ def test_apply_writes_whole_weights(run, model, before, probe, after):
     assert (code, out) == (0, f"{after}: test_resnet with 2 tensors of {probe}\n")
     assert whole.keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("place", "what"), [("probe", "DELTA"), ("before", "BASE")])
+def test_apply_replaces_neither_of_its_files(run, before, probe, place, what):
+    """OUT has to be a third file; by whatever way it is called, the two stay."""
+    files = {"probe": probe, "before": before}
+    held = {name: path.read_bytes() for name, path in files.items()}
+    out = files[place].parent / "." / "x" / ".." / files[place].name
+    (files[place].parent / "x").mkdir()
+    code, _, err = run("delta", "apply", probe, before, out)
+
+    assert (code, err) == (
+        1,
+        f"error: {out}: OUT is {what} itself, which stays as it is\n  give the whole weights a file of their own\n",
+    )
+    assert {name: path.read_bytes() for name, path in files.items()} == held
 
 
 @pytest.mark.parametrize(

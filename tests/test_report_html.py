@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
+import tarfile
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -17,9 +19,10 @@ import pytest
 from PIL import Image
 
 from freezeplan.errors import DataError, OutputError
+from freezeplan.experiment.archive import open_files
 from freezeplan.experiment.arms import Outcome, load_arms
 from freezeplan.experiment.command import report, voc_vgg16
-from freezeplan.experiment.report import read_results, repeat, to_html, write_report
+from freezeplan.experiment.report import gallery, read_results, repeat, to_html, write_report
 from freezeplan.experiment.results import summarise
 from freezeplan.experiment.statistics import (
     class_errors,
@@ -169,6 +172,107 @@ def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
     assert str(raised.value) == (
         f"{tmp_path / 'results.json'}: has no 'val'\n  it was not written by this version's freezeplan run"
     )
+
+
+def first(found: dict[str, Any]) -> dict[str, Any]:
+    one: dict[str, Any] = found["arms"]["scratch"]["runs"][0]
+    return one
+
+
+SHAPES = [
+    pytest.param(lambda f: f["data"].update(classes="cat"), "data.classes: input should be a valid list", id="text"),
+    pytest.param(lambda f: f["data"]["classes"].append("\x1b[2J"), "data.classes[3]: {name}", id="escape"),
+    pytest.param(
+        lambda f: f["data"]["classes"].pop(),
+        "arms.scratch, seed 0: average_precision: expected a figure for each class",
+        id="a-class-less",
+    ),
+    pytest.param(
+        lambda f: f["val"]["labels"].__setitem__(0, 3),
+        "val.labels: expected 6 indices below 3, an image and a class each",
+        id="a-class-too-high",
+    ),
+    pytest.param(
+        lambda f: first(f)["predicted"].pop(),
+        "arms.scratch, seed 0: predicted: expected 6 indices below 3, an image and a class each",
+        id="an-image-less",
+    ),
+    pytest.param(
+        lambda f: first(f).update(top1_error=math.nan),
+        "arms.scratch.runs[0].top1_error: input should be a finite number",
+        id="nan",
+    ),
+    pytest.param(lambda f: f.update(label="\n"), "label: {name}", id="end-of-line"),
+    pytest.param(
+        lambda f: f["settings"].update(lr=[0.1]), "settings.lr: expected text, a number, true, false or null", id="list"
+    ),
+    pytest.param(
+        lambda f: f["arms"].update({"a\x1b": {}}),
+        "arms.a\\x1b.[key]: {name}",
+        id="arm",
+    ),
+    pytest.param(
+        lambda f: f["arms"]["scratch"]["plan"].update(rules=[{"match": "(", "frozen": True}]),
+        "arms.scratch.plan.rules[0].match[0]: pattern '(' is not a regular expression: "
+        "missing ), unterminated subpattern at character 1",
+        id="plan",
+    ),
+    pytest.param(
+        lambda f: f["published"].clear(), "published: expected the source of the published figures", id="source"
+    ),
+    pytest.param(
+        lambda f: f.update(model="antigravity:fly"),
+        "model: expected the name of a timm model; a report runs nothing of a file's",
+        id="model",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), SHAPES)
+def test_a_file_that_no_run_wrote_is_refused(change: Any, said: str, tmp_path: Path) -> None:
+    """The first place that is wrong is named; a model that would be imported is none."""
+    found = json.loads(json.dumps(results(RESULTS)))
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    assert read_results(tmp_path) == found
+    change(found)
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    with pytest.raises(DataError) as raised:
+        read_results(tmp_path)
+
+    assert str(raised.value) == (
+        f"{tmp_path / 'results.json'}: {said.format(name='expected at most 1,000 printable characters')}\n"
+        "  it was not written by this version's freezeplan run"
+    )
+
+
+def test_brackets_without_end_are_no_json(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"results\.json: is no JSON \(maximum recursion depth"):
+        read_results(tmp_path)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "archive"])
+def test_results_of_other_images_make_no_gallery(packed: bool, tmp_path: Path) -> None:
+    """A file that the data set lacks, and one that is no image."""
+    root = tmp_path / "VOC2012"
+    (root / "JPEGImages").mkdir(parents=True)
+    (root / "mark").write_text("")
+    (root / "JPEGImages/0.jpg").write_text("no picture")
+    path = root
+    if packed:
+        path = tmp_path / "voc.tar"
+        with tarfile.open(path, "w") as archive:
+            archive.add(root, "VOC2012")
+    read = open_files(path, "mark").read
+    with pytest.raises(DataError) as raised:
+        gallery(results(RESULTS), read)
+    assert str(raised.value) == (
+        "JPEGImages/0.jpg: is neither a JPEG nor a PNG that decodes\n"
+        "  the results are of another data set, or it is damaged"
+    )
+    with pytest.raises(DataError) as raised:
+        read("JPEGImages/1.jpg")
+    assert str(raised.value) == f"{path}: there is no JPEGImages/1.jpg"
 
 
 def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:

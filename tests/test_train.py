@@ -18,7 +18,7 @@ from freezeplan.errors import ModelError, WeightsError
 from freezeplan.experiment.arms import load_arms
 from freezeplan.experiment.train import Epoch, Run, Settings, batches, make_optimizer, measure, train_arm
 from freezeplan.experiment.voc import Split
-from freezeplan.experiment.weights import build, load_into, read_state
+from freezeplan.experiment.weights import build, load_into, read_weights
 from freezeplan.zoo import create_model
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
@@ -84,7 +84,7 @@ def test_the_head_depends_on_the_seed_alone(weights: Path) -> None:
 
 
 def test_everything_but_the_head_is_from_the_weights(weights: Path) -> None:
-    state = read_state(weights)
+    state = read_weights(weights)
 
     for name, tensor in start(weights=weights).state_dict().items():
         assert name.startswith("fc.") or torch.equal(tensor, state[name]), name
@@ -123,7 +123,7 @@ def test_checkpoints_are_opened(wrapper: str, tmp_path: Path) -> None:
     state = {f"module.{name}": tensor for name, tensor in nn.Linear(2, 3).state_dict().items()}
     torch.save({wrapper: state, "epoch": 3} if wrapper else state, tmp_path / "model.pth")
 
-    assert read_state(tmp_path / "model.pth").keys() == {"weight", "bias"}
+    assert read_weights(tmp_path / "model.pth").keys() == {"weight", "bias"}
 
 
 def test_weights_of_another_architecture_name_the_first_difference(weights: Path) -> None:
@@ -166,12 +166,12 @@ def test_weights_that_are_missing_or_damaged(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, empty)
 
     with pytest.raises(WeightsError) as caught:
-        read_state(missing)
+        read_weights(missing)
     assert str(caught.value) == f"{missing}: no such file\n  expected a safetensors file or a checkpoint"
-    with pytest.raises(WeightsError, match=r"bad\.safetensors: cannot be read as weights"):
-        read_state(damaged)
+    with pytest.raises(WeightsError, match=r"bad\.safetensors: cannot be read as safetensors \("):
+        read_weights(damaged)
     with pytest.raises(WeightsError, match=r"empty\.pt: holds no tensors"):
-        read_state(empty)
+        read_weights(empty)
 
 
 def test_an_unreachable_hub_names_both_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +359,7 @@ def test_real_weights_load() -> None:
 
     model = build("tf_efficientnet_lite0", classes=5, image_size=128, weights=path, seed=0)
 
-    assert torch.equal(model.conv_stem.weight, read_state(path)["conv_stem.weight"])
+    assert torch.equal(model.conv_stem.weight, read_weights(path)["conv_stem.weight"])
     with pytest.raises(WeightsError, match=r"than vgg16_fc256\n  the first tensor that differs is features\.0\.weight"):
         build("vgg16", classes=5, image_size=224, weights=path, seed=0)
 

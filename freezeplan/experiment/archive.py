@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
 
-from freezeplan.errors import DataError
+from freezeplan.errors import DataError, printable
 
 LARGEST = 256 * 2**20
 """Bytes of one file, and of what a compressed archive may always hold."""
@@ -115,6 +115,8 @@ class _Archive:
         return str(self._root / name) in self._members
 
     def read(self, name: str) -> bytes:
+        if not self.has(name):
+            raise DataError(f"there is no {_shown(name)}", where=str(self.path))
         offset, size = self._members[str(self._root / name)]
         with self._lock:
             self._handle.seek(offset)
@@ -246,7 +248,7 @@ def _unreadable(path: Path, name: str, error: OSError | RuntimeError) -> DataErr
 
 def _shown(name: str, limit: int = 100) -> str:
     """A name as a terminal may have it."""
-    plain = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in name[:limit])
+    plain = printable(name[:limit])
     return plain if len(name) <= limit else f"{plain}..."
 
 

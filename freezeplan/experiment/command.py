@@ -18,7 +18,7 @@ from rich.console import Console
 from freezeplan import render
 from freezeplan.errors import FreezePlanError, MissingExtraError
 from freezeplan.experiment.arms import ARMS, load_arms, run
-from freezeplan.experiment.checkpoint import open_checkpoints
+from freezeplan.experiment.checkpoint import FOLDER, open_checkpoints
 from freezeplan.experiment.download import VOC2012, check_counts, default_folder
 from freezeplan.experiment.download import download as fetch
 from freezeplan.experiment.processes import beside, join
@@ -146,7 +146,7 @@ def voc_vgg16(
     processes = join(cuda=device == "cuda" or (device == "auto" and torch.cuda.is_available()))
     out = processes.agreed(out or RUNS / time.strftime("voc_vgg16-%Y%m%d-%H%M%S"))
     stdout, stderr = (render.stdout(), render.stderr()) if processes.first else (Console(quiet=True),) * 2
-    if processes.agreed(resume and finished(out) and (out / NAME).exists()):
+    if processes.agreed(resume and finished(out) and (out / NAME).exists() and not (out / FOLDER).exists()):
         stdout.print(f"{out}: finished already", soft_wrap=True)
         return out
     if processes.first:

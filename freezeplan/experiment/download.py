@@ -23,6 +23,7 @@ import filelock
 from freezeplan.errors import DataError
 from freezeplan.experiment.voc import VocData
 from freezeplan.store import default_directory
+from freezeplan.whole import whole_file
 
 ATTEMPTS, TIMEOUT = 5, 60.0
 """How often a download is begun or gone on with in one call, and seconds in which a server has to send something."""
@@ -271,6 +272,5 @@ def _tag(part: Path, url: str) -> str:
 
 def _keep_tag(part: Path, url: str, tag: str) -> None:
     strong = "" if tag.startswith("W/") else tag  # a weak one does not promise equal bytes
-    temporary = _about(part).with_suffix(".tmp")
-    temporary.write_text(json.dumps({"url": url, "tag": strong}), encoding="utf-8")
-    temporary.replace(_about(part))
+    with whole_file(_about(part)) as temporary:
+        temporary.write_text(json.dumps({"url": url, "tag": strong}), encoding="utf-8")

@@ -21,10 +21,13 @@ from freezeplan.experiment import statistics
 from freezeplan.experiment.arms import ARMS, PUBLISHED
 from freezeplan.experiment.results import COLOURS, to_svg
 from freezeplan.experiment.screen import percent
+from freezeplan.experiment.shape import check_shape
+from freezeplan.experiment.voc import FORMATS
 from freezeplan.experiment.weights import LECTURE
 from freezeplan.load import load_plan
 from freezeplan.picture import draw
 from freezeplan.resolve import resolve
+from freezeplan.whole import whole_file
 
 NAME = "report.html"
 SIDE = 96
@@ -39,10 +42,13 @@ def gallery(results: Mapping[str, Any], read: Callable[[str], bytes]) -> dict[st
     Args:
         results: What ``results.summarise`` returned.
         read: Name of an image in the data set to its bytes.
+
+    Raises:
+        DataError: If an image is missing or does not decode: these are the results of another data set.
     """
     return {
         arm: [
-            {**asdict(found), "image": _thumbnail(read(found.file))}
+            {**asdict(found), "image": _thumbnail(found.file, read(found.file))}
             for found in statistics.mistakes(results, arm, PHOTOS)
         ]
         for arm in results["arms"]
@@ -145,7 +151,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     """Read the ``results.json`` of a run.
 
     Raises:
-        DataError: If there is none, or it was written before reports were.
+        DataError: If there is none, or it is not what a run of this version writes.
     """
     path = folder / "results.json"
     try:
@@ -153,13 +159,14 @@ def read_results(folder: Path) -> dict[str, Any]:
     except OSError as error:
         notes = ["expected the folder of a finished run: freezeplan run voc_vgg16 --out DIR"]
         raise DataError(f"holds no results.json ({error.strerror})", where=str(folder), notes=notes) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"is no JSON ({error})", where=str(path)) from None
     wanted = ("data", "val", "model", "weights", "label", "settings", "published", "arms")
     missing = [key for key in wanted if not isinstance(found, dict) or key not in found]
     if missing:
         notes = ["it was not written by this version's freezeplan run"]
         raise DataError(f"has no {missing[0]!r}", where=str(path), notes=notes)
+    check_shape(found, str(path))
     return dict(found)
 
 
@@ -169,12 +176,10 @@ def write_report(path: Path, html: str) -> None:
     Raises:
         OutputError: If it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        temporary.write_text(html, encoding="utf-8")
-        temporary.replace(path)
+        with whole_file(path) as temporary:
+            temporary.write_text(html, encoding="utf-8")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OutputError(f"cannot be written: {error.strerror}", where=str(path)) from None
 
 
@@ -184,10 +189,14 @@ def _points(found: statistics.Spread) -> str:
     return f"{100 * found.mean:+.1f}{deviation}".replace("-", "\N{MINUS SIGN}")
 
 
-def _thumbnail(content: bytes) -> str:
-    with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as picture:
-        small = picture.convert("RGB")
-        small.thumbnail((SIDE, SIDE))
+def _thumbnail(name: str, content: bytes) -> str:
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+            small = picture.convert("RGB")
+            small.thumbnail((SIDE, SIDE))
+    except (OSError, SyntaxError, Image.DecompressionBombError):
+        notes = ["the results are of another data set, or it is damaged"]
+        raise DataError("is neither a JPEG nor a PNG that decodes", where=name, notes=notes) from None
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=80)
     return _uri(buffer.getvalue(), "image/jpeg")

@@ -9,11 +9,11 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from freezeplan.errors import OutputError
 from freezeplan.experiment.arms import PUBLISHED, SOURCE, Outcome
 from freezeplan.experiment.train import Run, Settings
 from freezeplan.experiment.voc import VocData
+from freezeplan.whole import flush, whole_file
 
 FILES = ("results.json", "results.csv", "curves.png")
 ERRORS = ("top1_error", "top5_error", "any_error", "train_error")
@@ -181,21 +182,14 @@ def write_results(out: Path, results: Mapping[str, Any]) -> None:
     """
     json_text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     contents = dict(zip(FILES, (json_text.encode(), to_csv(results).encode(), to_png(results)), strict=True))
-    written: dict[str, Path] = {}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            with NamedTemporaryFile(dir=out, prefix=f".{name}.", delete=False) as file:
-                written[name] = Path(file.name)
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for name, path in written.items():
-            path.chmod(0o644)  # temporary files are their owner's alone
-            path.replace(out / name)
+        with ExitStack() as files:
+            for name, content in contents.items():
+                temporary = files.enter_context(whole_file(out / name))
+                temporary.write_bytes(content)
+                flush(temporary)
     except OSError as error:
-        for path in written.values():
-            path.unlink(missing_ok=True)
         reason = error.strerror or type(error).__name__
         notes = ["nothing half-written was left behind; the figures are above"]
         raise OutputError(f"results cannot be written: {reason}", where=str(out), notes=notes) from error

@@ -31,6 +31,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from freezeplan.errors import DataError, ModelError, OutputError
 from freezeplan.experiment.model import VGGFlat
+from freezeplan.whole import whole_file
 
 PIXELS = 64
 """Width and height of an image."""
@@ -409,9 +410,8 @@ def pretrain(
     weights = {f"features.{name}": tensor.contiguous() for name, tensor in plain.items()}
     facts = {"recipe": RECIPE, "seed": seed, "images": train, "epochs": epochs, "source_error": round(error, 4)}
     metadata = {"format": "pt", **{name: str(value) for name, value in facts.items()}}
-    with TemporaryDirectory(dir=path.parent, prefix=".weights-") as temporary:
-        Path(temporary, path.name).write_bytes(save(weights, metadata))
-        Path(temporary, path.name).replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(save(weights, metadata))
     return error
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models import load_state_dict
+from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 import freezeplan.experiment.model  # noqa: F401  # registers the lecture's VGG16
 from freezeplan.errors import ModelError, WeightsError
 from freezeplan.experiment.npy import MEAN, STD, read_npy
+from freezeplan.statefile import read_state
 from freezeplan.zoo import create_model, describe, is_timm, title
 
 LECTURE = {"vgg16": "vgg16_fc256", "vgg16_fc256": "vgg16_fc256", "vgg16_slim_fc256": "vgg16_slim_fc256"}
@@ -47,8 +47,9 @@ def build(name: str, *, classes: int, image_size: int, weights: str | Path | Non
         name: A timm model name.
         classes: Number of classes.
         image_size: Side of the square images in pixels.
-        weights: A safetensors file, a checkpoint, or the lecture's ``vgg16.npy``, whose normalisation the model then
-            has; ``random`` for none at all; None for timm's pretrained weights.
+        weights: A safetensors file, a checkpoint (an average of weights in it goes first), or the lecture's
+            ``vgg16.npy``, whose normalisation the model then has; ``random`` for none at all; None for timm's
+            pretrained weights.
         seed: Seed of the initialisation.
 
     Returns:
@@ -79,7 +80,7 @@ def build(name: str, *, classes: int, image_size: int, weights: str | Path | Non
         model.reset_classifier(classes)  # type: ignore[operator]
     if str(weights) != "random":
         from_file = _below("features") if name in LECTURE else _outside(head)
-        state = pretrained_state(name) if weights is None else read_state(Path(weights))
+        state = pretrained_state(name) if weights is None else read_weights(Path(weights))
         load_into(model, state, from_file, origin=str(weights or weights_title(name, weights)))
         if weights is not None and Path(weights).suffix == ".npy":  # its own normalisation, not timm's
             model.pretrained_cfg = {**model.pretrained_cfg, "mean": MEAN, "std": STD}  # type: ignore[dict-item, assignment]
@@ -119,31 +120,18 @@ def pretrained_state(name: str) -> Mapping[str, Tensor]:
     return state
 
 
-def read_state(path: Path) -> Mapping[str, Tensor]:
-    """Read the tensors of a safetensors file, a checkpoint or the lecture's ``vgg16.npy``; nothing in it is executed.
+def read_weights(path: Path) -> Mapping[str, Tensor]:
+    """Read what a model starts from: a safetensors file, a checkpoint or the lecture's ``vgg16.npy``.
 
-    The wrappers ``state_dict``, ``model`` and their EMA versions are opened, a leading ``module.`` is taken off.
+    Of a checkpoint an average of the weights (EMA) is taken where it holds one, as timm does; a leading ``module.`` is
+    taken off. Nothing in a file is executed.
 
     Raises:
         WeightsError: If there is no such file or it cannot be read as weights.
     """
-    if not path.is_file():
-        raise WeightsError("no such file", where=str(path), notes=["expected a safetensors file or a checkpoint"])
-    if path.suffix == ".npy":
+    if path.suffix == ".npy" and path.is_file():
         return read_npy(path)
-    try:
-        content = load_state_dict(str(path), weights_only=True)
-        state = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
-    except Exception as error:  # what a damaged file makes its reader raise is not documented
-        asks = re.search(r"GLOBAL (\S+)", str(error.__cause__))
-        if asks:
-            notes = ["save the model's state_dict, best as a safetensors file, and give that"]
-            message = f"asks for {asks[1]}; a checkpoint holds tensors, and nothing in a file is executed"
-            raise WeightsError(message, where=str(path), notes=notes) from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsError(f"cannot be read as weights ({reason})", where=str(path)) from error
-    if not state:
-        raise WeightsError("holds no tensors", where=str(path))
+    state: Mapping[str, Tensor] = clean_state_dict(read_state(path, averages=True))
     return state
 
 

@@ -1,0 +1,42 @@
+"""A file that is there whole or not at all: written beside its place, and renamed. No torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a name in the same folder to write to; at the end what was written there takes the place of ``path``.
+
+    Where that fails, or the block raises, the half-written file is removed and what was at ``path`` stays. A process
+    that is killed leaves ``.NAME.part``, which the next attempt writes over; two at once on one path are not foreseen.
+
+    Raises:
+        OSError: If it cannot be renamed, and what the block raises.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with whole_file(Path(folder, "plan.yaml")) as temporary:
+        ...         _ = temporary.write_text("version: 1")
+        ...     temporary.name, [path.name for path in Path(folder).iterdir()]
+        ('.plan.yaml.part', ['plan.yaml'])
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's content is on the disk, so that renaming it cannot outrun it when the power goes."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
