@@ -369,7 +369,8 @@ def _depth(model: nn.Module, ordered: tuple[str, ...], described: tuple[Module, 
         found = stages.by_groups({name: coarse[name] for name in ordered}, unmatched, head)
     else:
         order = {name: index for index, module in enumerate(described) for name in module.names}
-        taps = [str(tap["module"]) for tap in getattr(model, "feature_info", ()) or ()]
+        tapped = (str(tap["module"]) for tap in getattr(model, "feature_info", ()) or ())
+        taps = [tap for tap in tapped if tap in order]  # mobilenetv5_300m_enc taps a bn1 that it does not have
         found = stages.by_features(ordered, order, taps, _first_conv(model), head)
     if fine:
         layers = {name: fine[name] for name in ordered}

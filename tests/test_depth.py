@@ -41,16 +41,20 @@ def test_layer_decay_is_timms_tensor_by_tensor(family: str) -> None:
     assert found == expected
 
 
-@pytest.mark.parametrize("family", ZOO)
-def test_every_architecture_has_stages_from_the_stem_to_the_last(family: str) -> None:
-    """Stages are numbered without a gap, the classifier is in none, and no architecture has fewer than three."""
-    model = describe(create_model(ZOO[family]["model"], num_classes=10, meta=True))
-    first = 1 if family == "vgg" else 0
+@pytest.mark.parametrize("name", [*(entry["model"] for entry in ZOO.values()), "mobilenetv5_300m_enc"])
+def test_every_architecture_has_stages_from_the_stem_to_the_last(name: str) -> None:
+    """Stages are numbered without a gap, the classifier is in none, and no architecture has fewer than three.
+
+    The encoder has no matcher, and the first module that its ``feature_info`` names does not exist.
+    """
+    model = describe(create_model(name, num_classes=10, meta=True))
+    first = 1 if name == ZOO["vgg"]["model"] else 0
+    head = model.roles.get("head", frozenset())
 
     assert sorted(set(model.stages.values())) == list(range(first, model.last_stage + 1))
     assert model.last_stage >= 3
-    assert not model.roles["head"] & set(model.stages)
-    assert model.roles["body"] | model.roles["head"] == {tensor.name for tensor in model.tensors}
+    assert not head & set(model.stages)
+    assert model.roles["body"] | head == {tensor.name for tensor in model.tensors}
 
 
 STAGES = {
@@ -73,14 +77,19 @@ def test_stages_have_as_many_tensors_as_a_reader_counts(name: str) -> None:
 
 
 def test_the_first_three_stages() -> None:
-    """stage: ..3 is seven convolutions of VGG16, and the stem and layer1 to layer3 of ResNet-50."""
+    """Of VGG16 seven convolutions, of ResNet-50 the stem and layer1 to layer3, of ViT-B the embeddings and 3 blocks."""
     vgg = frozen_by(create_model("vgg16", meta=True), {"stage": "..3", "frozen": True})
     resnet = frozen_by(create_model("resnet50", meta=True), {"stage": "..3", "frozen": True})
+    vit = frozen_by(create_model("vit_base_patch16_224", meta=True), {"stage": "..3", "frozen": True})
 
     assert sorted(name for name in vgg if name.endswith("weight")) == [
         f"features.{index}.weight" for index in (0, 10, 12, 14, 2, 5, 7)
     ]
     assert {name.split(".")[0] for name in resnet} == {"conv1", "bn1", "layer1", "layer2", "layer3"}
+    assert Counter(".".join(name.split(".")[: 1 + name.startswith("blocks")]) for name in vit) == {
+        **{"cls_token": 1, "pos_embed": 1, "patch_embed": 2},
+        **{"blocks.0": 12, "blocks.1": 12, "blocks.2": 12},
+    }
 
 
 @pytest.mark.parametrize(
