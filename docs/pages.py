@@ -92,7 +92,7 @@ def presets() -> str:
         NOTE,
         'A preset is a plan that ships with the package: `apply_plan(model, "linear_probe", lr=1e-3)`. '
         "The tables count what is trained, of all tensors and of all parameters; a preset with phases has a line for "
-        "each. `freezeplan show PRESET MODEL` says it for any other model.\n",
+        "each that changes something. `freezeplan show PRESET MODEL` says it for any other model.\n",
         "The stages of VGG16 are its five blocks of convolutions, and it has no stem; those of ResNet-50 are `layer1` "
         "to `layer4`; those of ViT-B/16 its twelve blocks, the last one with the final norm; those of EfficientNet-B0 "
         "its seven `blocks`, the last one with `conv_head`. So `stage: ..3` is seven convolutions of VGG16, the stem "
@@ -118,7 +118,7 @@ def presets() -> str:
 
 
 def _trained(title: str, resolution: Resolution) -> Iterator[str]:
-    for part in resolution.parts:
+    for part in resolution.distinct:
         tensors, elements = len(part.trained), sum(row.elements for row in part.trained)
         total = sum(row.elements for row in part.rows)
         share = f"{tensors} of {len(part.rows)} tensors, {elements:,} of {total:,} parameters"

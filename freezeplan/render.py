@@ -22,7 +22,7 @@ from freezeplan.difference import Change
 from freezeplan.errors import FreezePlanError
 from freezeplan.plan import Plan
 from freezeplan.report import Node, count, phase_end, rule_line, tree
-from freezeplan.resolution import Resolution
+from freezeplan.resolution import Resolution, in_phases
 from freezeplan.store import Entry
 
 
@@ -61,12 +61,15 @@ def print_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def print_resolution(resolution: Resolution, lr: float | None) -> None:
-    """Print what a plan means for a model: the tree of decisions, rules, groups, what stays random, hints."""
+    """Print what a plan means for a model: the tree of decisions, rules, groups, what stays random, hints.
+
+    Of phases that follow each other and decide the same the last one is shown.
+    """
     console = stdout()
     console.print(Text.assemble((resolution.plan.title, "bold"), " on ", (resolution.model, "bold")))
     if resolution.plan.description:
         console.print(Padding(Text(resolution.plan.description, style="dim"), (0, 0, 0, 2)))
-    for part in resolution.parts:
+    for part in resolution.distinct:
         console.print()
         if part.phase:
             console.print(Text.assemble("phase ", (part.phase, "bold"), f" {phase_end(resolution, part)}"))
@@ -242,7 +245,8 @@ def _groups(resolution: Resolution, lr: float | None) -> Table:
     for title in ("lr" if lr is not None else "lr_mult", "wd_mult", "tensors", "elements"):
         table.add_column(title, justify="right")
     for group in resolution.groups:
-        rates = ["-" if rate is None else f"{rate if lr is None else rate * lr:g}" for rate in group.rates]
-        shown = "/".join(rates if len(set(rates)) > 1 else rates[:1])
+        shown = in_phases(
+            ["-" if rate is None else f"{rate if lr is None else rate * lr:g}" for rate in group.rates]
+        )
         table.add_row(Text(group.name), shown, f"{group.wd_mult:g}", str(len(group.tensors)), f"{group.elements:,}")
     return table
