@@ -280,7 +280,7 @@ CAUSES = {
         *("pattern_broken", "bad_pattern", "number_as_pattern", "empty_lists", "wrong_escape", "escape_wrong"),
         *("inline_bracket", "inline_bracket_first", "inline_brace", "inline_comma"),
     ),
-    "What a rule selects": ("selector_missing", "role_unknown", "stage_wrong"),
+    "What a rule selects": ("selector_missing", "role_unknown", "stage_wrong", "stage_backwards"),
     "What a rule sets": (
         *("setting_missing", "settings_only", "null_setting", "frozen_text", "windows_lines", "byte_order_mark"),
         *("lr_mult_zero", "lr_mult_negative", "lr_mult_text", "infinite", "nan", "rates_two"),

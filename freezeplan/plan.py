@@ -92,6 +92,11 @@ def _check_stage(value: object) -> str:
             "stage is an integer or a range, 2, -1, 1..3, ..2 or 3.., found {found}",
             {"found": repr(value)},
         )
+    first, _, last = text.partition("..")
+    if first and last and (first[0] == "-") == (last[0] == "-") and int(first) > int(last):
+        raise PydanticCustomError(
+            "stage_backwards", "stage {first}..{last} runs backwards", {"first": first, "last": last}
+        )
     return text
 
 

@@ -26,6 +26,9 @@ from freezeplan.resolution import Resolution, in_phases
 from freezeplan.store import Entry
 
 
+UNPLACED = "left out by timm's matcher (layer_decay 1, a stage only by place)"
+
+
 def stdout() -> Console:
     """Return the console for results; colours and width follow the terminal, ``NO_COLOR`` and ``COLUMNS``."""
     return Console(markup=False, highlight=False, soft_wrap=False)
@@ -97,7 +100,7 @@ def print_rules(resolution: Resolution, console: Console | None = None) -> None:
     sections: Mapping[str, tuple[str, ...]] = {
         "stays random while training:": last.random,
         "frozen, but kept in train by a rule; statistics will move:": last.alive,
-        "left out by timm's matcher (layer_decay 1, a stage only by their place):": resolution.unplaced,
+        f"{UNPLACED}:": resolution.unplaced,
     }
     for title, lines in sections.items():
         if lines:
@@ -128,6 +131,12 @@ def print_explanation(found: Mapping[str, Any]) -> None:
         reinit = ", reinit" if phase["reinit"] else ""
         style = "cyan" if phase["frozen"] else "green"
         console.print(Text.assemble((rate, style), f", wd x {phase['wd_mult']:g}, {phase['mode']}{reinit}"))
+        if decay := phase.get("decay"):
+            floor = f", at least {decay['min_scale']:g}" if decay["min_scale"] else ""
+            power = f"{decay['layer_decay']:g}^{decay['exponent']}"
+            console.print(Text(f"  lr_mult {decay['lr_mult']:g} x layer_decay {power}{floor}"), soft_wrap=True)
+        if phase["unplaced"]:
+            console.print(Text(f"  {UNPLACED}"), soft_wrap=True)
         for rule in phase["rules"]:
             decides = f"decides {', '.join(rule['decides'])}" if rule["decides"] else "matches, decides nothing here"
             where = f"  {rule['where']}" if rule["where"] else ""
@@ -245,8 +254,6 @@ def _groups(resolution: Resolution, lr: float | None) -> Table:
     for title in ("lr" if lr is not None else "lr_mult", "wd_mult", "tensors", "elements"):
         table.add_column(title, justify="right")
     for group in resolution.groups:
-        shown = in_phases(
-            ["-" if rate is None else f"{rate if lr is None else rate * lr:g}" for rate in group.rates]
-        )
+        shown = in_phases(["-" if rate is None else f"{rate if lr is None else rate * lr:g}" for rate in group.rates])
         table.add_row(Text(group.name), shown, f"{group.wd_mult:g}", str(len(group.tensors)), f"{group.elements:,}")
     return table

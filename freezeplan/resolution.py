@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -138,6 +138,8 @@ class Resolution:
     """Name of the phase that this holds in; empty without phases."""
     phases: tuple[Resolution, ...] = ()
     """One resolution for each phase; what is said above is of the first. Empty without phases."""
+    exponents: Mapping[str, int] = field(default_factory=dict)
+    """Tensor -> the layers behind it, by which ``layer_decay`` is raised; empty where the plan has none."""
     unplaced: tuple[str, ...] = ()
     """Where the plan speaks of depth: tensors that timm's matcher leaves out, so they have the depth of their place."""
 

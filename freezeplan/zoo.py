@@ -150,6 +150,8 @@ def describe(model: nn.Module, *, live: names.Live | None = None, asked: Collect
         reason = f"{title(model)} is not a timm model, so its {{}} not known; select with match or type"
         named = {"stem": "stem is", "body": "body is", "pos_embed": "position embeddings are", "stage": "stages are"}
         unknown |= {key: reason.format(words) for key, words in named.items()}
+        if not hasattr(model, "no_weight_decay"):
+            unknown["no_weight_decay"] = reason.format("list of tensors without weight decay is")
         unknown["layer_decay"] = f"{title(model)} is not a timm model, so its layers have no known order"
     return Description(
         model=title(model),

@@ -146,6 +146,19 @@ REFUSED = [
         "rules[0].stage[0]: stage is an integer or a range, 2, -1, 1..3, ..2 or 3.., found '>2'\n  write 3..",
         id="stage",
     ),
+    pytest.param(
+        {"stage": "-1..-3", "frozen": True},
+        "rules[0].stage[0]: stage -1..-3 runs backwards\n  write -3..-1",
+        id="stage-backwards",
+    ),
+    pytest.param(
+        {"stage": 1, "match": "layer4", "frozen": True},
+        "rule 1 (match: layer4, stage: 1) matches no parameter of resnet18\n"
+        "  resnet18 has a stem (stage 0) and 4 stages\n"
+        "  match and stage select something each, and nothing together\n"
+        "  a rule that need not match on every model says optional: true",
+        id="nothing-together",
+    ),
 ]
 
 
@@ -164,11 +177,18 @@ def test_depth_of_what_is_not_timms_is_not_known() -> None:
 
     model = resnet18(weights=None)
     with pytest.raises(PlanError) as error:
-        frozen_by(model, {"stage": 1, "frozen": True}, {"role": "stem", "frozen": True})
+        frozen_by(
+            model,
+            {"stage": 1, "frozen": True},
+            {"role": "stem", "frozen": True},
+            {"role": "no_weight_decay", "frozen": True},
+        )
 
     assert str(error.value) == (
         "ResNet is not a timm model, so its stages are not known; select with match or type\n\n"
-        "role stem is not known: ResNet is not a timm model, so its stem is not known; select with match or type"
+        "role stem is not known: ResNet is not a timm model, so its stem is not known; select with match or type\n\n"
+        "role no_weight_decay is not known: ResNet is not a timm model, so its list of tensors without weight decay is "
+        "not known; select with match or type"
     )
     assert len(frozen_by(model, {"type": "BatchNorm2d", "frozen": True})) == 40
 
