@@ -89,6 +89,6 @@ def _head_alone(plan: Plan, model: Description, frozen: Collection[str]) -> Iter
         named = dict.fromkeys(re.sub(r"(?<=pre_logits)[.].*", "", place) for place in places)
         match = ", ".join(named) if len(named) == 1 else f"[{', '.join(named)}]"
         yield (
-            f"role: head is the classifier alone; layers between the last stage and it stay frozen, such as {left[0].name!r}: "
-            f"to train them too, add {{match: {match}, lr_mult: 1}}"
+            "role: head is the classifier alone; layers between the last stage and it stay frozen, such as "
+            f"{left[0].name!r}: to train them too, add {{match: {match}, lr_mult: 1}}"
         )

@@ -25,7 +25,6 @@ from freezeplan.report import Node, count, phase_end, rule_line, tree
 from freezeplan.resolution import Resolution, in_phases
 from freezeplan.store import Entry
 
-
 UNPLACED = "left out by timm's matcher (layer_decay 1, a stage only by place)"
 
 

@@ -87,8 +87,12 @@ def test_the_first_three_stages() -> None:
     ]
     assert {name.split(".")[0] for name in resnet} == {"conv1", "bn1", "layer1", "layer2", "layer3"}
     assert Counter(".".join(name.split(".")[: 1 + name.startswith("blocks")]) for name in vit) == {
-        **{"cls_token": 1, "pos_embed": 1, "patch_embed": 2},
-        **{"blocks.0": 12, "blocks.1": 12, "blocks.2": 12},
+        "cls_token": 1,
+        "pos_embed": 1,
+        "patch_embed": 2,
+        "blocks.0": 12,
+        "blocks.1": 12,
+        "blocks.2": 12,
     }
 
 

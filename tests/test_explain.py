@@ -85,7 +85,7 @@ def test_why_gives_the_rate_of_the_rule_and_the_decay_apart(tmp_path: Path) -> N
 
 
 def test_why_says_what_timms_matcher_leaves_out() -> None:
-    """VGG's first fully connected layer has no place in timm's groups; its classifier has, and a frozen one no decay."""
+    """VGG's first fully connected layer has no place in timm's groups; what is frozen has no decay."""
     _, out, _ = run("why", "llrd", "vgg16", "pre_logits.fc1.weight")
     plan = Plan(version=1, layer_decay=0.5, rules=[{"role": "head", "lr_mult": 1}], default={"frozen": True})
     frozen, head = (

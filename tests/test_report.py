@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from freezeplan.facade import resolve_plan
-from freezeplan.report import as_json, count, tree, rule_line
+from freezeplan.report import as_json, count, rule_line, tree
 from freezeplan.zoo import create_model
 
 CATCH_ALL = {"match": ".*", "lr_mult": 1}
