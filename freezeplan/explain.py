@@ -21,9 +21,9 @@ def explain(resolution: Resolution, name: str, lr: float | None = None) -> dict[
     Returns:
         ``name``, ``shape``, ``group`` (None if frozen throughout) and ``phases``: for each one its name, ``frozen``,
         ``lr_mult``, ``wd_mult``, ``mode``, ``reinit``, ``unplaced`` (where the plan speaks of depth: whether timm's
-        matcher leaves the tensor out), and ``rules``: every rule that matches, in order, with its number, text, place, and
-        the settings that it ``decides`` here. Under a plan with ``layer_decay`` what is trained has ``decay`` too: the
-        rule's own ``lr_mult``, and ``layer_decay``, its ``exponent`` and ``min_scale``.
+        matcher leaves the tensor out), and ``rules``: every rule that matches, in order, with its number, text, place,
+        and the settings that it ``decides`` here. Under a plan with ``layer_decay`` what is trained has ``decay`` too:
+        the rule's own ``lr_mult``, and ``layer_decay``, its ``exponent`` and ``min_scale``.
 
     Raises:
         ModelError: If the model has no such tensor, with the nearest names; or if it is a module, with its tensors.

@@ -27,7 +27,13 @@ from freezeplan.plan import ROLES
 _BIAS = re.compile(r"(?:\w+_)?bias(?:_[ih]h_l\d+(?:_reverse)?)?")
 _IMPORTABLE = re.compile(r"[\w.]+:\w+")
 _DRAWS = re.compile(r"\bdrop\w*\(|dropout_p\b|self\.dropout,")
-_POSITION = re.compile(r"pos_embed|patch_pos|pixel_pos|position_embedding")
+_POSITION = re.compile(
+    r"(?<![^.])(?:"  # a whole part of the name
+    r"\w*pos(?:ition(?:al)?)?_emb\w*|patch_pos|pixel_pos"  # absolute
+    r"|\w*rel(?:ative)?_pos\w*|attention_biases|rope"  # relative
+    r"|pos_block|pos_proj|cr?pe\d?|cpb_mlp|meta_mlp"  # what makes them: convolutions, small networks of offsets
+    r")(?![^.])"
+)
 _NORM = re.compile(r"Norm|InplaceAbn")
 
 
