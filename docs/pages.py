@@ -137,7 +137,7 @@ def presets() -> str:
             except PlanError as error:
                 lines.append(row((title, "", f"refused: {error.problems[0].message}")))
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, *OWN_PRESETS])
 
 
 def _trained(title: str, resolution: Resolution) -> Iterator[str]:
@@ -148,6 +148,39 @@ def _trained(title: str, resolution: Resolution) -> Iterator[str]:
         yield row((title, part.phase, share))
         title = ""
 
+
+OWN_PRESETS = (
+    "## Presets of your own package\n",
+    "A package that others install adds presets by an entry point of the group `freezeplan.presets`. Its name is the "
+    "namespace, its value a package that holds `.yaml` files, and folders of them; nothing has to be called. With this "
+    "in `pyproject.toml`, the file `mylab/plans/probe.yaml` is the preset `mylab/probe` where a plan is asked for:\n",
+    """```toml title="pyproject.toml"
+[project.entry-points."freezeplan.presets"]
+mylab = "mylab.plans"
+
+[tool.setuptools.package-data]
+"mylab.plans" = ["*.yaml"]
+```
+""",
+    """```yaml title="probe.yaml"
+# yaml-language-server: $schema=plan.schema.json
+version: 1
+name: probe
+description: The classifier and the norms learn.
+rules:
+  - {role: [head, norm], lr_mult: 1}
+  - {match: .*, frozen: true}
+```
+""",
+    "`freezeplan presets` lists it with its description. A package that cannot be imported, holds no plan, or takes a "
+    "name that there is already gets a warning that names it, and all other presets are there.\n",
+    "## Completion in an editor\n",
+    "`freezeplan schema > plan.schema.json` writes the JSON schema of a plan. The first line of the plan above points "
+    "at it, relative to the plan's own folder: editors with the YAML language server, such as VS Code with its YAML "
+    "extension, then complete keys and words, show what each means, and mark what is wrong while it is typed. For a "
+    'plan in JSON map the file to the schema in the editor\'s settings; `"$schema"` is no key of a plan.\n',
+)
+"""The end of ``presets.md``."""
 
 ABOUT = {
     Plan: ("A plan", "plan.yaml"),
