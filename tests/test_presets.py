@@ -112,17 +112,17 @@ def test_discriminative_rates_fall_by_2_6_from_stage_to_stage() -> None:
 
 
 def test_discriminative_rates_fall_through_twelve_stages() -> None:
-    """On ViT-B each block has its own, on a ViT of 24 blocks the thirteen farthest from the top share the last."""
+    """On ViT-B each block has its own, on a ViT of 24 blocks the thirteen farthest from the top share the last; three digits each."""
     base, large = (
         {row.name: row.lr_mult for row in resolve_plan("discriminative", create_model(name, meta=True)).rows}
         for name in ("vit_base_patch16_224", "vit_large_patch16_224")
     )
 
     for block in range(12):
-        assert base[f"blocks.{block}.norm1.weight"] == pytest.approx(2.6 ** (block - 12), rel=3e-3)
+        assert base[f"blocks.{block}.norm1.weight"] == pytest.approx(2.6 ** (block - 12), rel=5e-3)
     assert base["pos_embed"] == base["blocks.0.norm1.weight"]
     assert {large[f"blocks.{block}.norm1.weight"] for block in range(13)} == {large["pos_embed"]}
-    assert large["pos_embed"] == pytest.approx(2.6**-12, rel=3e-3)
+    assert large["pos_embed"] == pytest.approx(2.6**-12, rel=5e-3)
     assert large["blocks.13.norm1.weight"] > large["pos_embed"]
 
 
