@@ -112,7 +112,7 @@ def test_discriminative_rates_fall_by_2_6_from_stage_to_stage() -> None:
 
 
 def test_discriminative_rates_fall_through_twelve_stages() -> None:
-    """On ViT-B each block has its own, on a ViT of 24 blocks the thirteen farthest from the top share the last; three digits each."""
+    """On ViT-B each block has its own, on a ViT of 24 blocks the thirteen farthest from the top share the last."""
     base, large = (
         {row.name: row.lr_mult for row in resolve_plan("discriminative", create_model(name, meta=True)).rows}
         for name in ("vit_base_patch16_224", "vit_large_patch16_224")
