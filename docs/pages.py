@@ -2,7 +2,8 @@
 
 ``zoo.md`` says what is known of each architecture module of timm, ``presets.md`` what each preset does on four models,
 ``plan.md`` what a plan may say, ``errors.md`` what is said of plans with mistakes. Models are created on the meta
-device; nothing is downloaded.
+device; nothing is downloaded. ``--left-out`` first asks every model of timm what its matcher leaves out, for
+``tests/left_out.json``; that takes minutes, and ``pytest -m zoo`` compares.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import timm
 
 from freezeplan import cli, errors, load_plan, picture, resolve_plan
 from freezeplan.catalogue import shipped
+from freezeplan.description import Description, prefixes
 from freezeplan.errors import PlanError
 from freezeplan.plan import Phase, Plan, Plateau, Rate, Rule
 from freezeplan.resolution import Resolution
@@ -30,6 +32,7 @@ from freezeplan.zoo import create_model, describe
 
 HERE = Path(__file__).parent
 PLANS = HERE.parent / "tests" / "plans"
+LEFT_OUT = HERE.parent / "tests" / "left_out.json"
 NOTE = "<!-- written by `python docs/pages.py`; a test compares -->\n"
 FOUR = {
     "VGG16": "vgg16",
@@ -60,8 +63,11 @@ def zoo() -> str:
         "*Left out* are tensors that timm's `group_matcher` does not match and puts into the last group, as if they "
         "were the classifier. In a plan they have the stage of the tensor ahead of them, `layer_decay` gives them "
         "timm's own rate, and every report of a plan that speaks of depth lists them. Where timm has no matcher, the "
-        "stages are the layers.\n",
-        "Every model of timm by name is held against five presets by `pytest -m zoo`.\n",
+        "stages are the layers. The last column counts the module's models that have such tensors, with any of the "
+        "parts that are left out whole in one of them.\n",
+        "*pos_embed* are position embeddings and the position biases of attention, absolute and relative: learned "
+        "tensors, and the convolutions and small networks that make them.\n",
+        "Every model of timm by name is held against five presets, and against the last column, by `pytest -m zoo`.\n",
         row(columns),
         row("---" for _ in columns),
         *(row(_known(module, entry["model"], names[module])) for module, entry in sorted(models.items())),
@@ -78,10 +84,27 @@ def _known(module: str, name: str, count: int) -> Iterator[str]:
     yield from (str(len(found.roles[role] & {t.name for t in found.tensors})) for role in ROLES)
     if not hasattr(model, "group_matcher"):
         yield "no matcher"
-    elif found.unplaced:
-        yield f"{len(found.unplaced)}: `{found.unplaced[0]}`" + (", ..." if found.unplaced[1:] else "")
     else:
-        yield ""
+        parts = json.loads(LEFT_OUT.read_text(encoding="utf-8")).get(module, {})
+        models = {name for names in parts.values() for name in names}
+        yield f"{len(models)} of {count}: {', '.join(f'`{part}`' for part in parts)}" if parts else ""
+
+
+def left_out(model: Description) -> set[str]:
+    """The largest parts of a model that timm's matcher leaves out whole; a tensor where its module is not."""
+    unplaced = frozenset(model.unplaced)
+    parts = ((*prefixes(name), name) for name in model.unplaced)
+    return {next(part for part in found if model.below.get(part, unplaced) <= unplaced) for found in parts}
+
+
+def all_left_out() -> str:
+    """Return ``left_out.json``: architecture module -> part that is left out -> the models that have it."""
+    table: dict[str, dict[str, list[str]]] = {}
+    for name in timm.list_models():
+        for part in sorted(left_out(describe(create_model(name, num_classes=10, meta=True)))):
+            table.setdefault(timm.models._registry._model_to_module[name], {}).setdefault(part, []).append(name)
+    lines = (f" {json.dumps(module)}: {json.dumps(parts, sort_keys=True)}" for module, parts in sorted(table.items()))
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def presets() -> str:
@@ -92,7 +115,7 @@ def presets() -> str:
         NOTE,
         'A preset is a plan that ships with the package: `apply_plan(model, "linear_probe", lr=1e-3)`. '
         "The tables count what is trained, of all tensors and of all parameters; a preset with phases has a line for "
-        "each. `freezeplan show PRESET MODEL` says it for any other model.\n",
+        "each that changes something. `freezeplan show PRESET MODEL` says it for any other model.\n",
         "The stages of VGG16 are its five blocks of convolutions, and it has no stem; those of ResNet-50 are `layer1` "
         "to `layer4`; those of ViT-B/16 its twelve blocks, the last one with the final norm; those of EfficientNet-B0 "
         "its seven `blocks`, the last one with `conv_head`. So `stage: ..3` is seven convolutions of VGG16, the stem "
@@ -114,17 +137,50 @@ def presets() -> str:
             except PlanError as error:
                 lines.append(row((title, "", f"refused: {error.problems[0].message}")))
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, *OWN_PRESETS])
 
 
 def _trained(title: str, resolution: Resolution) -> Iterator[str]:
-    for part in resolution.parts:
+    for part in resolution.distinct:
         tensors, elements = len(part.trained), sum(row.elements for row in part.trained)
         total = sum(row.elements for row in part.rows)
         share = f"{tensors} of {len(part.rows)} tensors, {elements:,} of {total:,} parameters"
         yield row((title, part.phase, share))
         title = ""
 
+
+OWN_PRESETS = (
+    "## Presets of your own package\n",
+    "A package that others install adds presets by an entry point of the group `freezeplan.presets`. Its name is the "
+    "namespace, its value a package that holds `.yaml` files, and folders of them; nothing has to be called. With this "
+    "in `pyproject.toml`, the file `mylab/plans/probe.yaml` is the preset `mylab/probe` where a plan is asked for:\n",
+    """```toml title="pyproject.toml"
+[project.entry-points."freezeplan.presets"]
+mylab = "mylab.plans"
+
+[tool.setuptools.package-data]
+"mylab.plans" = ["*.yaml"]
+```
+""",
+    """```yaml title="probe.yaml"
+# yaml-language-server: $schema=plan.schema.json
+version: 1
+name: probe
+description: The classifier and the norms learn.
+rules:
+  - {role: [head, norm], lr_mult: 1}
+  - {match: .*, frozen: true}
+```
+""",
+    "`freezeplan presets` lists it with its description. A package that cannot be imported, holds no plan, or takes a "
+    "name that there is already gets a warning that names it, and all other presets are there.\n",
+    "## Completion in an editor\n",
+    "`freezeplan schema > plan.schema.json` writes the JSON schema of a plan. The first line of the plan above points "
+    "at it, relative to the plan's own folder: editors with the YAML language server, such as VS Code with its YAML "
+    "extension, then complete keys and words, show what each means, and mark what is wrong while it is typed. For a "
+    'plan in JSON map the file to the schema in the editor\'s settings; `"$schema"` is no key of a plan.\n',
+)
+"""The end of ``presets.md``."""
 
 ABOUT = {
     Plan: ("A plan", "plan.yaml"),
@@ -280,7 +336,7 @@ CAUSES = {
         *("pattern_broken", "bad_pattern", "number_as_pattern", "empty_lists", "wrong_escape", "escape_wrong"),
         *("inline_bracket", "inline_bracket_first", "inline_brace", "inline_comma"),
     ),
-    "What a rule selects": ("selector_missing", "role_unknown", "stage_wrong"),
+    "What a rule selects": ("selector_missing", "role_unknown", "stage_wrong", "stage_backwards"),
     "What a rule sets": (
         *("setting_missing", "settings_only", "null_setting", "frozen_text", "windows_lines", "byte_order_mark"),
         *("lr_mult_zero", "lr_mult_negative", "lr_mult_text", "infinite", "nan", "rates_two"),
@@ -403,12 +459,18 @@ PAGES = {"zoo.md": zoo, "presets.md": presets, "plan.md": plan, "errors.md": err
 
 def main() -> None:
     """Write all pages, each under a temporary name first, and draw all pictures."""
+    if "--left-out" in sys.argv[1:]:
+        _write(LEFT_OUT, all_left_out())
     for name, page in PAGES.items():
-        temporary = HERE / f".{name}"
-        temporary.write_text(page(), encoding="utf-8")
-        temporary.replace(HERE / name)
+        _write(HERE / name, page())
     for name in PICTURES:
         draw(name, HERE / "pictures" / f"{name}.svg")
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 if __name__ == "__main__":

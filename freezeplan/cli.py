@@ -83,7 +83,7 @@ def show(
     model: ModelArgument,
     num_classes: NumClasses = None,
     model_arg: ModelArg = None,
-    lr: Annotated[float | None, typer.Option(help="Base learning rate: show each group's effective one.")] = None,
+    lr: Annotated[float | None, typer.Option(min=0, help="Base learning rate: show each group's own.")] = None,
     image: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw it: a .png or a .svg, from ice to fire.")
     ] = None,
@@ -134,7 +134,7 @@ def why(
     ],
     num_classes: NumClasses = None,
     model_arg: ModelArg = None,
-    lr: Annotated[float | None, typer.Option(help="Base learning rate: show the effective one.")] = None,
+    lr: Annotated[float | None, typer.Option(min=0, help="Base learning rate: show the effective one.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say which rule decides about one parameter, where it stands, and which others match."""

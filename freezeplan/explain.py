@@ -7,7 +7,7 @@ from typing import Any
 
 from freezeplan.errors import ModelError, did_you_mean
 from freezeplan.report import effective
-from freezeplan.resolution import Resolution, RuleUse
+from freezeplan.resolution import Resolution, Row, RuleUse
 
 
 def explain(resolution: Resolution, name: str, lr: float | None = None) -> dict[str, Any]:
@@ -20,11 +20,13 @@ def explain(resolution: Resolution, name: str, lr: float | None = None) -> dict[
 
     Returns:
         ``name``, ``shape``, ``group`` (None if frozen throughout) and ``phases``: for each one its name, ``frozen``,
-        ``lr_mult``, ``wd_mult``, ``mode``, ``reinit``, and ``rules``: every rule that matches, in order, with its
-        number, text, place, and the settings that it ``decides`` here.
+        ``lr_mult``, ``wd_mult``, ``mode``, ``reinit``, ``unplaced`` (where the plan speaks of depth: whether timm's
+        matcher leaves the tensor out), and ``rules``: every rule that matches, in order, with its number, text, place,
+        and the settings that it ``decides`` here. Under a plan with ``layer_decay`` what is trained has ``decay`` too:
+        the rule's own ``lr_mult``, and ``layer_decay``, its ``exponent`` and ``min_scale``.
 
     Raises:
-        ModelError: If the model has no such tensor, with the nearest names.
+        ModelError: If the model has no such tensor, with the nearest names; or if it is a module, with its tensors.
 
     Examples:
         >>> from freezeplan import resolve_plan
@@ -35,6 +37,12 @@ def explain(resolution: Resolution, name: str, lr: float | None = None) -> dict[
     """
     rows = {alias: row for row in resolution.rows for alias in (row.name, *row.aliases)}
     if name not in rows:
+        below = [row.name for alias, row in rows.items() if alias.startswith(f"{name}.")]
+        if below:
+            shown = ", ".join(map(repr, below[:3])) + (", ..." if below[3:] else "")
+            raise ModelError(
+                f"{name!r} is a module of {resolution.model}, and a parameter is asked for", notes=[f"it holds {shown}"]
+            )
         raise ModelError(f"{resolution.model} has no parameter {name!r}", notes=did_you_mean(name, rows))
     first = rows[name].name
     group = next((group.name for group in resolution.groups if first in group.tensors), None)
@@ -57,7 +65,25 @@ def _in_phase(part: Resolution, name: str, lr: float | None) -> dict[str, Any]:
         "wd_mult": row.wd_mult,
         "mode": row.mode,
         "reinit": row.reinit,
+        **_decay(part, row),
+        "unplaced": name in part.unplaced,
         "rules": list(_rules(part.uses, name)),
+    }
+
+
+def _decay(part: Resolution, row: Row) -> dict[str, Any]:
+    """How a trained tensor's rate came about where ``layer_decay`` has a part in it; empty elsewhere."""
+    plan = part.plan
+    rate = plan.default if row.rule is None else plan.rules[row.rule - 1]
+    if row.frozen or plan.layer_decay is None or rate is None:
+        return {}
+    return {
+        "decay": {
+            "lr_mult": rate.lr_mult,
+            "layer_decay": plan.layer_decay,
+            "exponent": part.exponents[row.name],
+            "min_scale": plan.layer_decay_min_scale or 0.0,
+        }
     }
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 
-from freezeplan.description import Description
+from freezeplan.description import Description, prefixes
 from freezeplan.plan import Plan
 from freezeplan.select import escaped, match_tensors, match_types
+from freezeplan.stages import beside_head
 
 _TINY = 0.01
 _CONTAINERS = frozenset({"Sequential", "ModuleList", "ModuleDict"})
@@ -77,10 +79,16 @@ def _containers(plan: Plan, model: Description) -> Iterator[str]:
 
 
 def _head_alone(plan: Plan, model: Description, frozen: Collection[str]) -> Iterator[str]:
-    names_head = any(rule.role and "head" in rule.role for rule in plan.rules)
-    left = [tensor.name for tensor in model.tensors if "pre_logits" in tensor.name.split(".") and tensor.name in frozen]
-    if names_head and left:
+    if not any(rule.role and "head" in rule.role for rule in plan.rules):
+        return
+    head = model.roles["head"]
+    left = [t for t in model.tensors if t.name in frozen and len(t.shape) > 1 and beside_head(t.name, head)]
+    if left:
+        holders = {above for name in head for above in prefixes(name)}
+        places = (tensor.name if tensor.module in holders else tensor.module for tensor in left)
+        named = dict.fromkeys(re.sub(r"(?<=pre_logits)[.].*", "", place) for place in places)
+        match = ", ".join(named) if len(named) == 1 else f"[{', '.join(named)}]"
         yield (
-            f"role: head is the classifier alone; fully connected layers ahead of it stay frozen, such as {left[0]!r}: "
-            "to train them too, add {match: '.*pre_logits', lr_mult: 1}"
+            "role: head is the classifier alone; layers between the last stage and it stay frozen, such as "
+            f"{left[0].name!r}: to train them too, add {{match: {match}, lr_mult: 1}}"
         )

@@ -222,8 +222,11 @@ def _parse_yaml(text: str, name: str) -> Any:
     except MarkedYAMLError as error:
         mark = error.problem_mark
         line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
+        comparison = re.search(r"\bstage['\"]?\s*:\s*(>=?\s*\d+)", line)
         if "escape" in str(error.problem):
             notes: tuple[str, ...] = (_ESCAPE_HINT,)
+        elif comparison:
+            notes = _stage_notes(comparison.group(1))
         elif "{" in line:
             notes = (_QUOTE_HINT,)
         else:
@@ -325,7 +328,10 @@ def _problem(source: Source, error: Any) -> Problem:
         message = f"{_named(loc)} {_EXPECTED[kind].format(**error.get('ctx', {}))}, found {_found(found)}"
     else:
         message = error["msg"]
-        notes = _stage_notes(found) if kind == "bad_stage" else ()
+        if kind == "bad_stage":
+            notes = _stage_notes(found)
+        elif kind == "stage_backwards":
+            notes = ("write {last}..{first}".format(**error["ctx"]),)
     where = source.where(loc)
     place = loc_text(tuple(part for part in loc if part != _KEY))
     if not source.positions:

@@ -113,7 +113,9 @@ def _opens(name: str, kinds: Mapping[str, tuple[str, ...]], elements: Mapping[st
 
 
 def draw(resolution: Resolution, model: Description, path: Path) -> None:
-    """Draw a plan on a model: a strip for each phase, the input on the left, the parameters of each block as height.
+    """Draw a plan on a model, the input on the left, the parameters of each block as height, a strip for each phase.
+
+    Of phases that follow each other and decide the same the last one is drawn.
 
     Args:
         resolution: What the plan means for the model.
@@ -152,7 +154,7 @@ def paint(resolution: Resolution, model: Description) -> Any:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise MissingExtraError.of(error, "run") from None
-    strips = [(part, blocks(part, model)) for part in resolution.parts]
+    strips = [(part, blocks(part, model)) for part in resolution.distinct]
     rates = {rate for _, found in strips for block in found for rate, _ in block.shares}
     scale = _Scale(sorted(rate for rate in rates if rate is not None))
     names, sizes = zip(*((block.name, block.elements) for block in strips[0][1]), strict=True)

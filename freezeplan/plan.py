@@ -112,6 +112,11 @@ def _check_stage(value: object) -> str:
             "stage is an integer or a range, 2, -1, 1..3, ..2 or 3.., found {found}",
             {"found": repr(value)},
         )
+    first, _, last = text.partition("..")
+    if first and last and (first[0] == "-") == (last[0] == "-") and int(first) > int(last):
+        raise PydanticCustomError(
+            "stage_backwards", "stage {first}..{last} runs backwards", {"first": first, "last": last}
+        )
     return text
 
 
@@ -196,8 +201,9 @@ class Rule(_Data):
     and all below. A list means any of them."""
     role: Annotated[tuple[Role, ...], *_roles] | None = None
     """What timm knows of the architecture: ``head`` (the classifier), ``stem`` (stage 0), ``body`` (all but the head),
-    ``norm`` (normalisation layers), ``bias``, ``pos_embed`` (position embeddings), ``no_weight_decay`` (what timm's
-    method of that name lists). A list means any of them."""
+    ``norm`` (normalisation layers), ``bias``, ``pos_embed`` (position embeddings and the position biases of attention,
+    absolute and relative: learned tensors, and the convolutions and small networks that make them),
+    ``no_weight_decay`` (what timm's method of that name lists). A list means any of them."""
     stage: Annotated[tuple[Annotated[str, BeforeValidator(_check_stage)], ...], *_stages] | None = None
     """Depth: 0 is the stem, stages count from 1, -1 is the last one; an integer or a range with both ends included:
     ``2``, ``1..3``, ``..2``, ``3..``. A list means any of them."""

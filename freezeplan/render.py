@@ -22,8 +22,10 @@ from freezeplan.difference import Change
 from freezeplan.errors import FreezePlanError, printable
 from freezeplan.plan import Plan
 from freezeplan.report import Node, count, phase_end, rule_line, tree
-from freezeplan.resolution import Resolution
+from freezeplan.resolution import Resolution, in_phases
 from freezeplan.store import Entry
+
+UNPLACED = "left out by timm's matcher (layer_decay 1, a stage only by place)"
 
 
 def stdout() -> Console:
@@ -65,12 +67,15 @@ def _harmless(text: str) -> str:
 
 
 def print_resolution(resolution: Resolution, lr: float | None) -> None:
-    """Print what a plan means for a model: the tree of decisions, rules, groups, what stays random, hints."""
+    """Print what a plan means for a model: the tree of decisions, rules, groups, what stays random, hints.
+
+    Of phases that follow each other and decide the same the last one is shown.
+    """
     console = stdout()
     console.print(Text.assemble((resolution.plan.title, "bold"), " on ", (resolution.model, "bold")))
     if resolution.plan.description:
         console.print(Padding(Text(resolution.plan.description, style="dim"), (0, 0, 0, 2)))
-    for part in resolution.parts:
+    for part in resolution.distinct:
         console.print()
         if part.phase:
             console.print(Text.assemble("phase ", (part.phase, "bold"), f" {phase_end(resolution, part)}"))
@@ -98,7 +103,7 @@ def print_rules(resolution: Resolution, console: Console | None = None) -> None:
     sections: Mapping[str, tuple[str, ...]] = {
         "stays random while training:": last.random,
         "frozen, but kept in train by a rule; statistics will move:": last.alive,
-        "left out by timm's matcher (layer_decay 1, a stage only by their place):": resolution.unplaced,
+        f"{UNPLACED}:": resolution.unplaced,
     }
     for title, lines in sections.items():
         if lines:
@@ -129,6 +134,12 @@ def print_explanation(found: Mapping[str, Any]) -> None:
         reinit = ", reinit" if phase["reinit"] else ""
         style = "cyan" if phase["frozen"] else "green"
         console.print(Text.assemble((rate, style), f", wd x {phase['wd_mult']:g}, {phase['mode']}{reinit}"))
+        if decay := phase.get("decay"):
+            floor = f", at least {decay['min_scale']:g}" if decay["min_scale"] else ""
+            power = f"{decay['layer_decay']:g}^{decay['exponent']}"
+            console.print(Text(f"  lr_mult {decay['lr_mult']:g} x layer_decay {power}{floor}"), soft_wrap=True)
+        if phase["unplaced"]:
+            console.print(Text(f"  {UNPLACED}"), soft_wrap=True)
         for rule in phase["rules"]:
             decides = f"decides {', '.join(rule['decides'])}" if rule["decides"] else "matches, decides nothing here"
             where = f"  {rule['where']}" if rule["where"] else ""
@@ -246,7 +257,6 @@ def _groups(resolution: Resolution, lr: float | None) -> Table:
     for title in ("lr" if lr is not None else "lr_mult", "wd_mult", "tensors", "elements"):
         table.add_column(title, justify="right")
     for group in resolution.groups:
-        rates = ["-" if rate is None else f"{rate if lr is None else rate * lr:g}" for rate in group.rates]
-        shown = "/".join(rates if len(set(rates)) > 1 else rates[:1])
+        shown = in_phases(["-" if rate is None else f"{rate if lr is None else rate * lr:g}" for rate in group.rates])
         table.add_row(Text(group.name), shown, f"{group.wd_mult:g}", str(len(group.tensors)), f"{group.elements:,}")
     return table

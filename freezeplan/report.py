@@ -126,7 +126,7 @@ def rule_line(use: RuleUse, resolution: Resolution) -> str:
     """
     line = f"rule {use.number} ({use.text}) matched {use.matched}, decided {use.decided}"
     if use.modules:
-        line += f", and the mode of {use.modules} modules without parameters"
+        line += f", and the mode of {use.modules} module{'s' * (use.modules > 1)} without parameters"
     source = resolution.plan.source
     taken = [f"{n} were decided by rule {number}{source.line(('rules', number - 1))}" for number, n in use.takers]
     if not use.matched and not use.modules:

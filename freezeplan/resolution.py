@@ -5,9 +5,10 @@ Every report, error, guard and picture is computed from this, never from a secon
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -137,6 +138,8 @@ class Resolution:
     """Name of the phase that this holds in; empty without phases."""
     phases: tuple[Resolution, ...] = ()
     """One resolution for each phase; what is said above is of the first. Empty without phases."""
+    exponents: Mapping[str, int] = field(default_factory=dict)
+    """Tensor -> the layers behind it, by which ``layer_decay`` is raised; empty where the plan has none."""
     unplaced: tuple[str, ...] = ()
     """Where the plan speaks of depth: tensors that timm's matcher leaves out, so they have the depth of their place."""
 
@@ -154,6 +157,18 @@ class Resolution:
     def parts(self) -> tuple[Resolution, ...]:
         """One resolution a phase; of a plan without phases, this one."""
         return self.phases or (self,)
+
+    @cached_property
+    def distinct(self) -> tuple[Resolution, ...]:
+        """The parts that decide anything else than the part behind them, for pictures and reports of few lines.
+
+        Phases that have nothing to say to this model are not among them: those for stages that it does not have.
+        """
+        kept = [self.parts[-1]]
+        for part in reversed(self.parts[:-1]):
+            if part.modes != kept[0].modes or _decisions(part) != _decisions(kept[0]):
+                kept.insert(0, part)
+        return tuple(kept)
 
     @cached_property
     def weak(self) -> tuple[RuleUse, ...]:
@@ -187,7 +202,24 @@ class Resolution:
         )
 
 
+def _decisions(part: Resolution) -> list[Row]:
+    """The rows without the number of the rule, which counts the phase's own rules."""
+    return [row._replace(rule=None) for row in part.rows]
+
+
 def _group_name(rates: tuple[float | None, ...], wd_mult: float) -> str:
-    shown = ["frozen" if rate is None else f"{rate:g}" for rate in rates]
     decay = {0.0: ", no decay", 1.0: ""}.get(wd_mult, f", wd_mult={wd_mult:g}")
-    return f"lr_mult={'/'.join(shown if len(set(shown)) > 1 else shown[:1])}{decay}"
+    return f"lr_mult={in_phases(['frozen' if rate is None else f'{rate:g}' for rate in rates])}{decay}"
+
+
+def in_phases(shown: Sequence[str]) -> str:
+    """Write what holds in each phase, one behind the other; what holds in three or more that follow, with a count.
+
+    Examples:
+        >>> in_phases(["1", "1"]), in_phases(["frozen", "1"]), in_phases(["frozen", "frozen", "frozen", "0.5", "1"])
+        ('1', 'frozen/1', '3 frozen/0.5/1')
+    """
+    if len(set(shown)) == 1:
+        return shown[0]
+    runs = ((text, len(list(run))) for text, run in itertools.groupby(shown))
+    return "/".join(f"{count} {text}" if count > 2 else "/".join([text] * count) for text, count in runs)

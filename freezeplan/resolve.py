@@ -161,6 +161,7 @@ def _view(
         random=tuple(
             f"{m.name or model.model}: {m.random}" for m in model.modules if m.random and modes[m.name] == "train"
         ),
+        exponents=model.exponents if plan.layer_decay else {},
         unplaced=model.unplaced if plan.layer_decay or any(rule.stage for rule in plan.rules) else (),
         alive=tuple(
             module.name
@@ -290,8 +291,11 @@ def _unused(
 
 def _dead(plan: Plan, model: Description, index: int, rule: Rule) -> Problem:
     what = f"rule {index + 1} ({rule.text}) matches no parameter of {model.model}"
+    given = [key for key in SELECTORS if getattr(rule, key) is not None]
+    alone = {key: rule.model_copy(update=dict.fromkeys(set(given) - {key})) for key in given}
+    empty = [key for key in given if not select(alone[key], model).tensors]
     notes: list[str] = []
-    for pattern in rule.match or ():
+    for pattern in (rule.match or ()) if "match" in empty else ():
         notes += explain_miss(pattern, model)
     if rule.stage or "stem" in (rule.role or ()):
         stem = "a stem (stage 0)" if 0 in model.stages.values() else "no stem"
@@ -304,12 +308,10 @@ def _dead(plan: Plan, model: Description, index: int, rule: Rule) -> Problem:
             or [note for pattern in rule.type for note in did_you_mean(pattern, classes)]
             or [f"classes of {model.model}: {', '.join(owners)}"]
         )
+    if not empty:
+        notes.append(f"{' and '.join(given)} select something each, and nothing together")
     notes.append("a rule that need not match on every model says optional: true")
-    return Problem(
-        what,
-        plan.source.where(("rules", index, next(key for key in SELECTORS if getattr(rule, key) is not None))),
-        tuple(dict.fromkeys(notes)),
-    )
+    return Problem(what, plan.source.where(("rules", index, (empty or given)[0])), tuple(dict.fromkeys(notes)))
 
 
 def _overlaps(plan: Plan, selections: Sequence[Selection]) -> Iterator[Problem]:

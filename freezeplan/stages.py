@@ -45,7 +45,7 @@ def by_features(
 
     Args:
         names: The tensors, in the model's order.
-        order: Module -> position in the model's order; every module that owns a tensor is in it.
+        order: Module -> position in the model's order; every tapped module and every one that owns a tensor is in it.
         taps: Names of the tapped modules, in order.
         first: Name of the first convolution, or an empty string.
         head: The classifier's tensors.
@@ -66,7 +66,7 @@ def by_features(
         inside = next((index for index, tap in enumerate(taps) if name.startswith(f"{tap}.")), None)
         if inside is None:
             position = order.get(name.rpartition(".")[0], 0)
-            following = next((index for index, tap in enumerate(taps) if order.get(tap, 0) >= position), None)
+            following = next((index for index, tap in enumerate(taps) if order[tap] >= position), None)
             if following is None:
                 inside = max(last - 1 + stem, 0)
             elif following == 0 and holds[0] and not stem:

@@ -27,7 +27,13 @@ from freezeplan.plan import ROLES
 _BIAS = re.compile(r"(?:\w+_)?bias(?:_[ih]h_l\d+(?:_reverse)?)?")
 _IMPORTABLE = re.compile(r"[\w.]+:\w+")
 _DRAWS = re.compile(r"\bdrop\w*\(|dropout_p\b|self\.dropout,")
-_POSITION = re.compile(r"pos_embed|patch_pos|pixel_pos|position_embedding")
+_POSITION = re.compile(
+    r"(?<![^.])(?:"  # a whole part of the name
+    r"\w*pos(?:ition(?:al)?)?_emb\w*|patch_pos|pixel_pos"  # absolute
+    r"|\w*rel(?:ative)?_pos\w*|attention_biases|rope"  # relative
+    r"|pos_block|pos_proj|cr?pe\d?|cpb_mlp|meta_mlp"  # what makes them: convolutions, small networks of offsets
+    r")(?![^.])"
+)
 _NORM = re.compile(r"Norm|InplaceAbn")
 
 
@@ -150,6 +156,8 @@ def describe(model: nn.Module, *, live: names.Live | None = None, asked: Collect
         reason = f"{title(model)} is not a timm model, so its {{}} not known; select with match or type"
         named = {"stem": "stem is", "body": "body is", "pos_embed": "position embeddings are", "stage": "stages are"}
         unknown |= {key: reason.format(words) for key, words in named.items()}
+        if not hasattr(model, "no_weight_decay"):
+            unknown["no_weight_decay"] = reason.format("list of tensors without weight decay is")
         unknown["layer_decay"] = f"{title(model)} is not a timm model, so its layers have no known order"
     return Description(
         model=title(model),
@@ -375,7 +383,8 @@ def _depth(model: nn.Module, ordered: tuple[str, ...], described: tuple[Module, 
         found = stages.by_groups({name: coarse[name] for name in ordered}, unmatched, head)
     else:
         order = {name: index for index, module in enumerate(described) for name in module.names}
-        taps = [str(tap["module"]) for tap in getattr(model, "feature_info", ()) or ()]
+        tapped = (str(tap["module"]) for tap in getattr(model, "feature_info", ()) or ())
+        taps = [tap for tap in tapped if tap in order]  # mobilenetv5_300m_enc taps a bn1 that it does not have
         found = stages.by_features(ordered, order, taps, _first_conv(model), head)
     if fine:
         layers = {name: fine[name] for name in ordered}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from freezeplan.catalogue import added, shipped
 from freezeplan.errors import FreezePlanWarning, PlanError
 from freezeplan.load import load_presets
 
+EXAMPLE = ("pyproject.toml", "probe.yaml")
 PLAN = "version: 1\nname: probe\nrules:\n  - {role: head, lr_mult: 1}\n  - {match: .*, frozen: true}\n"
 
 
@@ -43,6 +46,24 @@ def test_another_packages_presets_are_found_by_name(install):
     assert list(added()) == ["aa/b/c", "aa/probe"]
     assert load_plan("aa/probe").name == "probe"
     assert list(load_presets()) == [*shipped(), "aa/b/c", "aa/probe"]
+
+
+def test_the_example_of_the_documentation_is_found_under_the_name_that_it_says(install):
+    """Its ``pyproject.toml`` and its plan, as a package that is installed; the schema is the one that is named."""
+    page = (Path(__file__).parents[1] / "docs" / "presets.md").read_text(encoding="utf-8")
+    project, plan = (re.search(f'```\\w+ title="{name}"\n(.*?)```', page, re.DOTALL)[1] for name in EXAMPLE)
+    data = tomllib.loads(project)
+    ((name, package),) = data["project"]["entry-points"]["freezeplan.presets"].items()
+    folder = package.replace(".", "/")
+    files = {f"{folder.split('/')[0]}/__init__.py": "", f"{folder}/__init__.py": "", f"{folder}/{EXAMPLE[1]}": plan}
+    install("mylab", files, f"{name} = {package}")
+
+    assert data["tool"]["setuptools"]["package-data"] == {package: ["*.yaml"]}
+    assert list(added()) == ["mylab/probe"]
+    assert "`mylab/plans/probe.yaml` is the preset `mylab/probe`" in page
+    assert load_plan("mylab/probe").rules[0].role == ("head", "norm")
+    assert plan.splitlines()[0].endswith("$schema=plan.schema.json")
+    assert "`freezeplan schema > plan.schema.json`" in page
 
 
 def test_no_package_is_imported_for_a_preset_that_ships(install):

@@ -46,18 +46,6 @@ def test_layer_decay_is_timms_tensor_by_tensor(family: str) -> None:
     assert found == expected
 
 
-@pytest.mark.parametrize("family", ZOO)
-def test_every_architecture_has_stages_from_the_stem_to_the_last(family: str) -> None:
-    """Stages are numbered without a gap, the classifier is in none, and no architecture has fewer than three."""
-    model = describe(create_model(ZOO[family]["model"], num_classes=10, meta=True))
-    first = 1 if family == "vgg" else 0
-
-    assert sorted(set(model.stages.values())) == list(range(first, model.last_stage + 1))
-    assert model.last_stage >= 3
-    assert not model.roles["head"] & set(model.stages)
-    assert model.roles["body"] | model.roles["head"] == {tensor.name for tensor in model.tensors}
-
-
 STAGES = {
     "vgg16": [4, 4, 6, 6, 6],
     "vgg16_bn": [8, 8, 12, 12, 12],
@@ -78,14 +66,23 @@ def test_stages_have_as_many_tensors_as_a_reader_counts(name: str) -> None:
 
 
 def test_the_first_three_stages() -> None:
-    """stage: ..3 is seven convolutions of VGG16, and the stem and layer1 to layer3 of ResNet-50."""
+    """Of VGG16 seven convolutions, of ResNet-50 the stem and layer1 to layer3, of ViT-B the embeddings and 3 blocks."""
     vgg = frozen_by(create_model("vgg16", meta=True), {"stage": "..3", "frozen": True})
     resnet = frozen_by(create_model("resnet50", meta=True), {"stage": "..3", "frozen": True})
+    vit = frozen_by(create_model("vit_base_patch16_224", meta=True), {"stage": "..3", "frozen": True})
 
     assert sorted(name for name in vgg if name.endswith("weight")) == [
         f"features.{index}.weight" for index in (0, 10, 12, 14, 2, 5, 7)
     ]
     assert {name.split(".")[0] for name in resnet} == {"conv1", "bn1", "layer1", "layer2", "layer3"}
+    assert Counter(".".join(name.split(".")[: 1 + name.startswith("blocks")]) for name in vit) == {
+        "cls_token": 1,
+        "pos_embed": 1,
+        "patch_embed": 2,
+        "blocks.0": 12,
+        "blocks.1": 12,
+        "blocks.2": 12,
+    }
 
 
 @pytest.mark.parametrize(
@@ -142,6 +139,19 @@ REFUSED = [
         "rules[0].stage[0]: stage is an integer or a range, 2, -1, 1..3, ..2 or 3.., found '>2'\n  write 3..",
         id="stage",
     ),
+    pytest.param(
+        {"stage": "-1..-3", "frozen": True},
+        "rules[0].stage[0]: stage -1..-3 runs backwards\n  write -3..-1",
+        id="stage-backwards",
+    ),
+    pytest.param(
+        {"stage": 1, "match": "layer4", "frozen": True},
+        "rule 1 (match: layer4, stage: 1) matches no parameter of resnet18\n"
+        "  resnet18 has a stem (stage 0) and 4 stages\n"
+        "  match and stage select something each, and nothing together\n"
+        "  a rule that need not match on every model says optional: true",
+        id="nothing-together",
+    ),
 ]
 
 
@@ -160,11 +170,18 @@ def test_depth_of_what_is_not_timms_is_not_known() -> None:
 
     model = resnet18(weights=None)
     with pytest.raises(PlanError) as error:
-        frozen_by(model, {"stage": 1, "frozen": True}, {"role": "stem", "frozen": True})
+        frozen_by(
+            model,
+            {"stage": 1, "frozen": True},
+            {"role": "stem", "frozen": True},
+            {"role": "no_weight_decay", "frozen": True},
+        )
 
     assert str(error.value) == (
         "ResNet is not a timm model, so its stages are not known; select with match or type\n\n"
-        "role stem is not known: ResNet is not a timm model, so its stem is not known; select with match or type"
+        "role stem is not known: ResNet is not a timm model, so its stem is not known; select with match or type\n\n"
+        "role no_weight_decay is not known: ResNet is not a timm model, so its list of tensors without weight decay is "
+        "not known; select with match or type"
     )
     assert len(frozen_by(model, {"type": "BatchNorm2d", "frozen": True})) == 40
 

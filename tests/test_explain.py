@@ -61,6 +61,68 @@ def test_why_as_json_gives_the_rate_of_each_phase() -> None:
     assert [(phase["lr_mult"], phase["lr"]) for phase in json.loads(out)["phases"]] == [(None, None), (1.0, 1e-3)]
 
 
+def test_why_gives_the_rate_of_the_rule_and_the_decay_apart(tmp_path: Path) -> None:
+    """A rule says 1, and layer_decay makes 0.03 of it; with a floor where the plan has one."""
+    code, out, _ = run("why", "llrd", "vit_base_patch16_224", "blocks.0.attn.qkv.weight")
+    floored = tmp_path / "floored.yaml"
+    floored.write_text("{version: 1, layer_decay: 0.5, layer_decay_min_scale: 0.1, rules: [{match: .*, lr_mult: 2}]}")
+    _, low, _ = run("why", str(floored), "vit_base_patch16_224", "pos_embed")
+    _, data, _ = run("why", str(floored), "vit_base_patch16_224", "pos_embed", "--json")
+    (phase,) = json.loads(data)["phases"]
+
+    assert code == 0
+    assert out == (
+        "blocks.0.attn.qkv.weight  2304 x 768\n"
+        "group: lr_mult=0.0316764\n"
+        "\n"
+        "lr x 0.0316764, wd x 1, train\n"
+        "  lr_mult 1 x layer_decay 0.75^12\n"
+        "  rule 1 (match: .*) decides rate  llrd.yaml:9:5\n"
+    )
+    assert low.splitlines()[3:5] == ["lr x 0.2, wd x 0, train", "  lr_mult 2 x layer_decay 0.5^13, at least 0.1"]
+    assert phase["decay"] == {"lr_mult": 2.0, "layer_decay": 0.5, "exponent": 13, "min_scale": 0.1}
+    assert phase["lr_mult"] == 0.2
+
+
+def test_why_says_what_timms_matcher_leaves_out() -> None:
+    """VGG's first fully connected layer has no place in timm's groups; what is frozen has no decay."""
+    _, out, _ = run("why", "llrd", "vgg16", "pre_logits.fc1.weight")
+    plan = Plan(version=1, layer_decay=0.5, rules=[{"role": "head", "lr_mult": 1}], default={"frozen": True})
+    frozen, head = (
+        explain(resolve_plan(plan, create_model("vgg16", meta=True)), name)["phases"][0]
+        for name in ("pre_logits.fc1.weight", "head.fc.weight")
+    )
+
+    assert "  left out by timm's matcher (layer_decay 1, a stage only by place)\n" in out
+    assert (frozen["unplaced"], "decay" in frozen) == (True, False)
+    assert (head["unplaced"], head["decay"]["exponent"]) == (False, 0)
+
+
+def test_why_of_a_module_names_its_tensors() -> None:
+    """What was typed exists, and is no parameter."""
+    with pytest.raises(ModelError) as error:
+        run("why", "full", "resnet18", "layer4")
+    with pytest.raises(ModelError) as small:
+        run("why", "full", "resnet18", "fc")
+
+    assert str(error.value) == (
+        "'layer4' is a module of resnet18, and a parameter is asked for\n"
+        "  it holds 'layer4.0.conv1.weight', 'layer4.0.bn1.weight', 'layer4.0.bn1.bias', ..."
+    )
+    assert str(small.value) == (
+        "'fc' is a module of resnet18, and a parameter is asked for\n  it holds 'fc.weight', 'fc.bias'"
+    )
+
+
+@pytest.mark.parametrize("arguments", [("why", "full", "test_vit", "norm.bias"), ("show", "full", "test_vit")])
+def test_a_learning_rate_below_zero_is_refused(arguments: tuple[str, ...]) -> None:
+    """It is a mistake of the command line."""
+    code, out, err = run(*arguments, "--lr", "-1")
+
+    assert (code, out) == (2, "")
+    assert "greater than or equal to 0" in " ".join(err.split())
+
+
 def test_why_says_when_the_default_decided() -> None:
     """A rate that no rule gives is the plan's default."""
     model = create_model("resnet18", meta=True)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
+import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,6 +130,77 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
 
 
+PROCESS = """
+import hashlib, json, os, pathlib, signal, sys
+import timm, torch
+from freezeplan import apply_plan
+
+plan, file, killed_in = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = timm.create_model("test_resnet", num_classes=3, drop_rate=0.2)
+live = apply_plan(model, plan, lr=0.01)
+optimizer = torch.optim.AdamW(live)
+scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
+holders = {"model": model, "plan": live, "optimizer": optimizer, "scheduler": scheduler}
+first = 0
+if file.exists():
+    state = torch.load(file, weights_only=True)
+    first = state["epoch"]
+    torch.set_rng_state(state["random"])
+    for name, holder in holders.items():
+        holder.load_state_dict(state[name])
+phases = []
+for epoch in range(first, 6):
+    live.step(epoch=epoch, metrics={"loss": [1.0, 1.0, 0.9, 0.95, 0.95, 0.8][epoch]})
+    phases.append(live.phase)
+    model.train()
+    for batch in range(2):
+        loss = model(torch.randn(4, 3, 32, 32)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if epoch == killed_in:
+            os.kill(os.getpid(), signal.SIGKILL)
+    scheduler.step()
+    state = {name: holder.state_dict() for name, holder in holders.items()}
+    torch.save({**state, "epoch": epoch + 1, "random": torch.get_rng_state()}, file.with_suffix(".part"))
+    file.with_suffix(".part").replace(file)
+digests = {k: hashlib.sha256(v.numpy().tobytes()).hexdigest() for k, v in model.state_dict().items()}
+print(json.dumps({"phases": phases, "digests": digests}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+@pytest.mark.parametrize(
+    ("plan", "phases"),
+    [
+        pytest.param(GRADUAL, ["head", "head", "top", "top", "all", "all"], id="epochs"),
+        pytest.param(PLATEAU, ["head", "head", "head", "head", "all", "all"], id="plateau"),
+    ],
+)
+def test_a_killed_process_resumes_to_the_same_weights(plan: dict[str, Any], phases: list[str], tmp_path: Path) -> None:
+    """SIGKILL in the epoch behind the third; another process ends with the weights of a run that was never stopped.
+
+    The plateau ends one epoch after the kill, so how long it was waited for has to survive.
+    """
+
+    def run(file: str, killed_in: int) -> subprocess.CompletedProcess[str]:
+        arguments = [sys.executable, "-c", PROCESS, json.dumps(plan), str(tmp_path / file), str(killed_in)]
+        return subprocess.run(arguments, capture_output=True, text=True, check=False)
+
+    whole = run("whole.pt", -1)
+    killed = run("killed.pt", 3)
+    resumed = run("killed.pt", -1)
+
+    assert (whole.returncode, killed.returncode, resumed.returncode) == (0, -signal.SIGKILL, 0), resumed.stderr
+    expected, found = json.loads(whole.stdout), json.loads(resumed.stdout)
+    assert (expected["phases"], found["phases"]) == (phases, phases[3:])
+    assert len(set(expected["digests"].values())) > 20
+    assert found["digests"] == expected["digests"]
+
+
 def test_a_plateau_ends_a_phase_and_is_remembered() -> None:
     """Two epochs without a better loss; a resumed run knows, and is not asked again."""
     model = small()
@@ -223,17 +299,49 @@ def test_attached_rates_keep_their_ratio_under_every_scheduler(name: str, fused:
         scheduler.step(*([1.0] if name == "plateau" else [epoch + 1] if name == "timm" else []))
 
 
-def test_attach_works_with_a_grad_scaler_and_a_step_that_fails() -> None:
-    """A GradScaler steps the optimizer as usual; after a step that raised, the next one starts from the right rates."""
-    model = small()
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda live: torch.optim.SGD(live, lr=0.01),
+    "adamw": lambda live: torch.optim.AdamW(live, lr=0.01),
+    "fused-adamw": lambda live: torch.optim.AdamW(live, lr=0.01, fused=True),
+}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
+def test_attach_works_with_a_grad_scaler_and_a_step_that_fails(make: Callable[[Any], torch.optim.Optimizer]) -> None:
+    """A GradScaler steps the optimizer as usual, one that is fused takes the scale itself; rates are the plan's inside.
+
+    An overflow is no step that changes a weight; after a step that raised, the next one starts from the right rates.
+    """
+    model, plain = small(), small()
     live = apply_plan(model, TWO_RATES, scheduler="any")
-    optimizer = torch.optim.SGD(live, lr=0.01)
+    optimizer = make(live)
     live.attach(optimizer)
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(model(torch.randn(2, 3, 32, 32)).mean()).backward()
+    inside: list[dict[str, float]] = []
+    optimizer.register_step_pre_hook(lambda o, *_: inside.append({g["name"]: g["lr"] for g in o.param_groups}))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    images = torch.randn(2, 3, 32, 32)
+    scaler.scale(model(images).mean()).backward()
     scaler.step(optimizer)
+    scaler.update()
     with pytest.raises(ZeroDivisionError):
         optimizer.step(lambda: 1 / 0)
+
+    reference = apply_plan(plain, TWO_RATES, scheduler="any")
+    other = make(reference)
+    reference.attach(other)
+    plain(images).mean().backward()
+    other.step()
+    assert set(inside[0].values()) == {0.01, 0.01 * 0.01}
+    assert inside[1:] == inside[:1]
+    for one, two in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer.zero_grad()
+    scaler.scale(model(images).mean() * torch.inf).backward()
+    scaler.step(optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    optimizer.zero_grad()
     optimizer.step()
 
     assert {group["lr"] for group in optimizer.param_groups} == {0.01}

@@ -75,11 +75,11 @@ def test_no_two_labels_overlap(plan, name):
 
 
 def test_frozen_and_full_rate_look_different():
-    """Ice with hatching against fire, and a strip for each phase."""
+    """Ice with hatching against fire, and a strip for each phase that changes something, up to the stem's."""
     figure = paint(*made("gradual_unfreeze", "test_convnext"))
     looks = {(patch.get_facecolor(), patch.get_hatch()) for axis in figure.axes for patch in axis.patches}
 
-    assert len(figure.axes) == 5
+    assert len(figure.axes) == 6
     assert sorted(hatch or "" for _, hatch in looks) == ["", "////"]
     assert len({face for face, _ in looks}) == 2
     assert [colour(place) for place in (0, 0.5, 1)] == ["#fff1b8", "#f69634", "#b30f1a"]

@@ -7,7 +7,8 @@ import pytest
 from freezeplan import load_plan, resolve_plan
 from freezeplan.catalogue import shipped
 from freezeplan.errors import PlanError
-from freezeplan.zoo import create_model
+from freezeplan.resolve import resolve
+from freezeplan.zoo import create_model, describe
 
 MODELS = ("vgg16", "resnet50", "vit_base_patch16_224", "efficientnet_b0")
 ALL = [[32], [161], [152], [213]]
@@ -21,7 +22,12 @@ TRAINED = {
     "frozen_stages_4": [[12], None, [100], [109]],
     "frozen_stem": [None, [158], [148], [210]],
     "full": ALL,
-    "gradual_unfreeze": [[2, 12, 18, 24, 32], [2, 32, 89, 128, 161], [2, 16, 28, 40, 152], [2, 18, 70, 109, 213]],
+    "gradual_unfreeze": [
+        [2, 12, 18, 24, 28, *[32] * 9],
+        [2, 32, 89, 128, 158, *[161] * 9],
+        [2, *range(16, 149, 12), 152],
+        [2, 18, 70, 109, 148, 174, 200, 210, *[213] * 6],
+    ],
     "head_then_all": [[2, 32], [2, 161], [2, 152], [2, 213]],
     "linear_probe": HEAD,
     "llrd": ALL,
@@ -30,7 +36,7 @@ TRAINED = {
     "norm_and_head": [[2], [108], [52], [100]],
     "norm_only": [None, [106], [50], [98]],
     "surgical_first": [[4], [33], [16], [13]],
-    "surgical_last": [[8], [32], [16], [18]],
+    "surgical_last": [[12], [32], [16], [18]],
     "voc_vgg16/frozen_convs": [[6], *HEAD[1:]],
     "voc_vgg16/low_conv_lr": ALL,
     "voc_vgg16/same_lr": ALL,
@@ -48,9 +54,12 @@ def test_every_preset_is_counted_here() -> None:
 def test_a_preset_trains_what_it_says(name: str) -> None:
     """Trained tensors in each phase; no rule of a preset loses most of what it matches."""
     for model, expected in zip(MODELS, TRAINED[name], strict=True):
+        described = describe(create_model(model, meta=True))
         if expected is None:
+            with pytest.raises(PlanError, match=f"matches no parameter of {model}"):
+                resolve(load_plan(name), described)
             continue
-        resolution = resolve_plan(name, create_model(model, meta=True))
+        resolution = resolve(load_plan(name), described)
 
         assert [len(part.trained) for part in resolution.parts] == expected, model
         assert not any(use.weak for part in resolution.parts for use in part.uses)
@@ -99,7 +108,50 @@ def test_discriminative_rates_fall_by_2_6_from_stage_to_stage() -> None:
 
     assert rates["fc"] == 1
     for stage, name in enumerate(["layer4", "layer3", "layer2", "layer1", "conv1"], start=1):
-        assert rates[name] == pytest.approx(2.6 ** -min(stage, 4), rel=2e-3)
+        assert rates[name] == pytest.approx(2.6**-stage, rel=2e-3)
+
+
+def test_discriminative_rates_fall_through_twelve_stages() -> None:
+    """On ViT-B each block has its own, on a ViT of 24 blocks the thirteen farthest from the top share the last."""
+    base, large = (
+        {row.name: row.lr_mult for row in resolve_plan("discriminative", create_model(name, meta=True)).rows}
+        for name in ("vit_base_patch16_224", "vit_large_patch16_224")
+    )
+
+    for block in range(12):
+        assert base[f"blocks.{block}.norm1.weight"] == pytest.approx(2.6 ** (block - 12), rel=5e-3)
+    assert base["pos_embed"] == base["blocks.0.norm1.weight"]
+    assert {large[f"blocks.{block}.norm1.weight"] for block in range(13)} == {large["pos_embed"]}
+    assert large["pos_embed"] == pytest.approx(2.6**-12, rel=5e-3)
+    assert large["blocks.13.norm1.weight"] > large["pos_embed"]
+
+
+@pytest.mark.parametrize(
+    ("model", "shown"),
+    [
+        ("vgg16", ["head", "last stage", "last 2 stages", "last 3 stages", "last 4 stages", "all"]),
+        ("vit_base_patch16_224", [phase.name for phase in load_plan("gradual_unfreeze").phases]),
+    ],
+)
+def test_phases_that_change_nothing_are_not_shown(model: str, shown: list[str]) -> None:
+    """A model with five stages is through after the sixth phase; the empty ones behind it change nothing."""
+    resolution = resolve_plan("gradual_unfreeze", create_model(model, meta=True))
+
+    assert [part.phase for part in resolution.distinct] == shown
+    assert len(resolution.parts) == 14
+    assert max(len(group.name) for group in resolution.groups) < 40
+
+
+def test_surgical_last_trains_what_stands_behind_the_last_stage() -> None:
+    """VGG's fully connected layers, and the convolution and norm that other heads hold."""
+    trained = {
+        model: {row.name for row in resolve_plan("surgical_last", create_model(model, meta=True)).trained}
+        for model in ("vgg16", "hgnetv2_b0", "convnext_tiny")
+    }
+
+    assert {"features.24.weight", "pre_logits.fc1.weight", "head.fc.weight"} <= trained["vgg16"]
+    assert {"head.last_conv.0.weight", "head.fc.weight"} <= trained["hgnetv2_b0"]
+    assert {"head.norm.weight", "head.fc.weight"} <= trained["convnext_tiny"]
 
 
 def test_layer_decay_of_vit_base() -> None:

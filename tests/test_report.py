@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from freezeplan.facade import resolve_plan
-from freezeplan.report import as_json, count, tree
+from freezeplan.report import as_json, count, rule_line, tree
 from freezeplan.zoo import create_model
 
 CATCH_ALL = {"match": ".*", "lr_mult": 1}
@@ -181,3 +181,13 @@ def test_every_leaf_of_the_tree_together_is_the_model():
     assert sum(child.tensors for child in top.children) == top.tensors == len(resolution.rows)
     assert sum(child.elements for child in top.children) == top.elements == count(resolution.rows)["elements"]
     assert {leaf.frozen for leaf in leaves(top)} == {True, False}
+
+
+def test_one_module_is_no_plural():
+    """A rule with mode alone, on the one dropout behind the pooling."""
+    plan = {"version": 1, "rules": [{"match": "head_drop", "mode": "eval"}, {"match": ".*", "lr_mult": 1}]}
+    resolution = resolve_plan(plan, create_model("test_vit", meta=True))
+
+    assert rule_line(resolution.uses[0], resolution) == (
+        "rule 1 (match: head_drop) matched 0, decided 0, and the mode of 1 module without parameters"
+    )

@@ -378,10 +378,29 @@ HINTS = [
         "vgg16",
         [{"role": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}],
         [
-            "role: head is the classifier alone; fully connected layers ahead of it stay frozen, "
-            "such as 'pre_logits.fc1.weight': to train them too, add {match: '.*pre_logits', lr_mult: 1}"
+            "role: head is the classifier alone; layers between the last stage and it stay frozen, "
+            "such as 'pre_logits.fc1.weight': to train them too, add {match: pre_logits, lr_mult: 1}"
         ],
         id="head-without-pre_logits",
+    ),
+    pytest.param(
+        "inception_next_atto",
+        [{"role": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}],
+        [
+            "role: head is the classifier alone; layers between the last stage and it stay frozen, "
+            "such as 'head.fc1.weight': to train them too, add {match: head.fc1, lr_mult: 1}"
+        ],
+        id="head-without-its-first-layer",
+    ),
+    pytest.param(
+        "resnet50_clip",
+        [{"role": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}],
+        [
+            "role: head is the classifier alone; layers between the last stage and it stay frozen, "
+            "such as 'head.pos_embed': to train them too, add "
+            "{match: [head.pos_embed, head.q, head.k, head.v], lr_mult: 1}"
+        ],
+        id="head-without-its-attention",
     ),
     pytest.param(
         "vgg16",

@@ -18,7 +18,7 @@ from torch import nn
 
 from freezeplan import apply, apply_plan, resolve_plan
 from freezeplan.errors import PlanError
-from freezeplan.zoo import create_model
+from freezeplan.zoo import create_model, describe
 
 ZOO: dict[str, dict[str, Any]] = {
     family: entry
@@ -191,6 +191,41 @@ def test_an_encoder_without_a_classifier_gets_a_named_error(encoder: str) -> Non
         f"linear_probe.yaml:8:12: role head is not known: {encoder} is an encoder without a classifier; "
         "select with match instead"
     )
+
+
+POSITIONS = {
+    "vit_base_patch16_224": {"pos_embed"},
+    "crossvit_tiny_240": {"pos_embed_0", "pos_embed_1"},
+    "tnt_s_legacy_patch16_224": {"patch_pos", "pixel_pos"},
+    "gemma4_vit_167m": {"position_embedding_table"},
+    "swin_tiny_patch4_window7_224": {"relative_position_bias_table"},
+    "mvitv2_tiny": {"rel_pos_h", "rel_pos_w"},
+    "levit_128s": {"attention_biases"},
+    "vit_base_patch16_rope_mixed_224": {"freqs"},
+    "botnet26t_256": {"height_rel", "width_rel"},
+    "swinv2_tiny_window16_256": {"cpb_mlp.0.weight", "cpb_mlp.0.bias", "cpb_mlp.2.weight"},
+    "swinv2_cr_tiny_224": {f"meta_mlp.fc{number}.{kind}" for number in (1, 2) for kind in ("weight", "bias")},
+    "vit_srelpos_small_patch16_224": {f"mlp.fc{number}.{kind}" for number in (1, 2) for kind in ("weight", "bias")},
+    "twins_svt_small": {"proj.0.weight", "proj.0.bias"},
+    "davit_tiny": {f"cpe{number}.proj.{kind}" for number in (1, 2) for kind in ("weight", "bias")},
+    "edgenext_xx_small": {"token_projection.weight", "token_projection.bias"},
+    "coat_lite_tiny": {
+        *(f"cpe{number}.proj.{kind}" for number in range(1, 5) for kind in ("weight", "bias")),
+        *(f"conv_list.{number}.{kind}" for number in range(3) for kind in ("weight", "bias")),
+    },
+    "resnet50": set(),
+}
+"""Model -> the ends of the names of what tells it positions apart."""
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_what_tells_positions_apart_has_the_role_pos_embed(name: str) -> None:
+    """Absolute and relative, tensors and what makes them; no attention that is only called so (coat's)."""
+    found = describe(create_model(name, meta=True)).roles["pos_embed"]
+    ends = POSITIONS[name]
+
+    assert {end for end in ends if any(tensor.endswith(end) for tensor in found)} == ends
+    assert [tensor for tensor in found if not tensor.endswith((*ends, "\n"))] == []
 
 
 PROTECTIONS = {
