@@ -565,7 +565,7 @@ class AppliedPlan:
             the model itself can be evaluated on images at any time.
 
         Raises:
-            ApplyError: If nothing can be memoised, the images are not the same twice, or the comparison fails.
+            ApplyError: If nothing can be memoised, the images are not the same each time, or the comparison fails.
             FreezePlanError: If the features do not fit, or an image has another shape than the first.
 
         Examples:

@@ -13,9 +13,11 @@ import sys
 import textwrap
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchvision import transforms
 from typer.testing import CliRunner
 
 from freezeplan import FreezePlanError, FreezePlanWarning, apply_plan, cache, store
@@ -157,21 +159,78 @@ class Augmented(Dataset):
         return self.images[index] + noise, self.labels[index]
 
 
-def test_random_augmentation_is_refused(live, tmp_path):
-    """Without views, and where no seed reaches it."""
-    with pytest.raises(ApplyError) as one:
-        live.cached(Augmented("torch"), tmp_path)
-    with pytest.raises(ApplyError) as own:
-        live.cached(Augmented("own"), tmp_path, views=2)
+class Transformed(Dataset):
+    """Images with a transform; the first of them has a number that equals nothing."""
 
-    assert str(one.value) == (
-        "image 0 is not the same twice: the data set augments at random, and features are computed once\n"
+    def __init__(self, transform):
+        self.images, self.labels = data().tensors
+        self.images[0, 0, 0, 0] = float("nan")
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.transform(self.images[index]), self.labels[index]
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        transforms.RandomHorizontalFlip(),
+        transforms.RandomVerticalFlip(),
+        transforms.RandomErasing(0.25),
+        transforms.RandomGrayscale(0.1),
+        transforms.RandomApply([transforms.GaussianBlur(3)], 0.5),
+        transforms.RandomHorizontalFlip(0.01),
+        lambda image: image.flip(2) if random.random() < 0.01 else image,
+        lambda image: image.flip(2) if np.random.rand() < 0.01 else image,
+    ],
+    ids=["flip", "vertical", "erasing", "grey", "apply", "seldom", "seldom-python", "seldom-numpy"],
+)
+def test_random_augmentation_is_refused(live, tmp_path, transform):
+    """Also where it acts on none of the images that are looked at; random states stay the caller's."""
+    states = torch.random.get_rng_state(), random.getstate()
+    with pytest.raises(ApplyError) as error:
+        live.cached(Transformed(transform), tmp_path)
+
+    assert str(error.value) == (
+        "image 0 is not the same each time: the data set augments at random, and features are computed once\n"
         "  views=4 keeps four fixed augmented versions of each image; or take the augmentation out"
     )
-    assert str(own.value) == (
-        "image 0 is not the same twice for the same seed: its augmentation draws from a random state of its own\n"
-        "  let it draw from torch's, NumPy's or Python's global random state"
-    )
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(torch.random.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+
+
+def test_a_fixed_transform_is_no_augmentation(tmp_path):
+    """Resizing and cropping draw nothing, and a number that equals nothing, not even itself, is the same each time."""
+    fixed = transforms.Compose([transforms.Resize(72), transforms.CenterCrop(64)])
+    cache.check_fixed(Transformed(fixed), 1, 0)
+    cache.check_fixed(Transformed(transforms.RandomErasing(0.25)), 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("views", "message"),
+    [
+        (
+            1,
+            "image 0 is not the same each time: the data set augments at random, and features are computed once\n"
+            "  views=4 keeps four fixed augmented versions of each image; or take the augmentation out",
+        ),
+        (
+            2,
+            "image 0 is not the same twice for the same seed: its augmentation draws from a random state of its own\n"
+            "  let it draw from torch's, NumPy's or Python's global random state",
+        ),
+    ],
+)
+def test_augmentation_that_no_seed_reaches_is_refused(live, tmp_path, views, message):
+    """Drawn from a random state of its own, without views and with them."""
+    with pytest.raises(ApplyError) as error:
+        live.cached(Augmented("own"), tmp_path, views=views)
+
+    assert str(error.value) == message
     assert not list(tmp_path.iterdir())
 
 
