@@ -111,6 +111,7 @@ class Forecast:
             "costs": costs,
             "cache_bytes": self.prefix.bytes,
             "prefix_flops": self.prefix.flops,
+            "behind_flops": self.prefix.behind_flops,
             "advice": self.prefix.advice if self.prefix.stored else "",
             "ratio": self.ratio,
             "cached_ratio": self.cached_ratio,

@@ -72,6 +72,7 @@ class Call:
         return tree_unflatten(leaves, self.structure)
 
 
+_BEHIND = "behind what is trained"
 _TENSOR = torch.Tensor
 """Stands among the constants where a tensor is."""
 
@@ -89,6 +90,9 @@ class Prefix:
     image_dtype: torch.dtype
     total_flops: int
     """Of the whole pass, for one image forward; a multiplication and an addition are two."""
+    behind_flops: int = 0
+    """Of the frozen calls behind what is trained, for one image forward. They run each step, and the gradient of their
+    inputs costs as much again."""
 
     @property
     def stored(self) -> tuple[Call, ...]:
@@ -137,6 +141,11 @@ class Prefix:
             ]
             if self.advice:
                 lines.append(f"advice: {self.advice}")
+        if self.behind_flops:
+            lines.append(
+                f"frozen behind what is trained: {self.behind_flops:,} of {self.total_flops:,} forward FLOPs, run each "
+                "step, and as many backward for the gradient of their input"
+            )
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.reasons.items():
             by_reason.setdefault(reason, []).append(name)
@@ -186,7 +195,14 @@ def watch(model: nn.Module, sample: Tensor, random: Mapping[str, str]) -> Prefix
                 reasons[""] = "what is trained reads the image itself"
             else:
                 calls = tuple(_call(seen.records, kept, index, read, written) for index in kept)
-    return Prefix(calls, reasons, tuple(sample.shape[1:]), sample.dtype, flops.get_total_flops() // 2)
+    return Prefix(
+        calls,
+        reasons,
+        tuple(sample.shape[1:]),
+        sample.dtype,
+        total_flops=flops.get_total_flops() // 2,
+        behind_flops=sum(seen.records[index].flops for index in _behind(seen)) // 2,
+    )
 
 
 Around = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -334,7 +350,7 @@ def _refusal(record: _Record, moves: str, frozen: bool) -> str | None:
     if not found:
         return ""
     if any(tensor.requires_grad for tensor in found):
-        return "behind what is trained" if frozen and not record.bare and not moves else moves if frozen else ""
+        return _BEHIND if frozen and not record.bare and not moves else moves if frozen else ""
     if moves:
         return moves
     for leaf in record.leaves:
@@ -358,6 +374,16 @@ def _varies(two: _Record, three: _Record) -> str:
         if not rows or a.shape[0] != 2 * rows or b.shape[0] != 3 * rows or a.shape[1:] != b.shape[1:]:
             return f"no axis of images in its output: {tuple(a.shape)} for two, {tuple(b.shape)} for three"
     return ""
+
+
+def _behind(seen: _Seen) -> list[int]:
+    """The frozen calls behind what is trained, and in no other such call."""
+    behind = {index for index, why in seen.refused.items() if why == _BEHIND}
+    inside: set[int] = set()
+    for index, record in enumerate(seen.records):
+        if record.parent in inside or record.parent in behind:
+            inside.add(index)
+    return sorted(behind - inside)
 
 
 def _outermost(records: Sequence[_Record], excluded: Collection[int]) -> list[int]:

@@ -182,6 +182,12 @@ def print_forecast(found: Mapping[str, Any]) -> None:
     add("backward FLOPs an image", mine["backward_flops"], full["backward_flops"])
     console.print(table)
     console.print(f"a step takes {found['ratio']:.3g} of the arithmetic of training everything", soft_wrap=True)
+    if found["behind_flops"]:
+        console.print(
+            f"frozen behind what is trained: {found['behind_flops']:,} of {mine['forward_flops']:,} forward FLOPs an "
+            "image, and as many backward for the gradient of their input; no cache saves them",
+            soft_wrap=True,
+        )
     if found["cached_ratio"] is not None:
         console.print(
             f"on kept features of {found['cache_bytes']:,} bytes an image: {found['cached_ratio']:.2g} of it",

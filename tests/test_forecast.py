@@ -91,6 +91,22 @@ def test_the_command(tmp_path):
     assert found == json.loads(json.dumps(found))
 
 
+def test_what_is_frozen_behind_something_trained_is_said():
+    """`surgical_first` trains the first stage: what is behind it runs, and only its weights' gradients are saved."""
+    arguments = ["surgical_first", "test_resnet", "--image-size", "64", "--batch-size", "2"]
+    runner = CliRunner()
+    text = runner.invoke(app, ["forecast", *arguments]).stdout
+    found = json.loads(runner.invoke(app, ["forecast", *arguments, "--json"]).stdout)
+    forward = found["costs"]["plan"]["forward_flops"]
+    plan, full = (found["costs"][which]["backward_flops"] for which in ("plan", "full"))
+
+    assert found["behind_flops"] == full - plan > 0
+    assert (
+        f"frozen behind what is trained: {found['behind_flops']:,} of {forward:,} forward FLOPs an image, and as many "
+        "backward for the gradient of their input; no cache saves them\n"
+    ) in text
+
+
 def test_what_cannot_be_run_is_said():
     """Images of a size that the model does not take, and code that reads values."""
 

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from freezeplan import apply_plan
 from freezeplan.errors import ApplyError
@@ -61,6 +62,29 @@ def test_bytes_and_flops_are_those_of_the_layers():
     assert prefix.image_bytes == 3 * 64 * 64 * 4
     assert (prefix.flops, prefix.total_flops) == (first + second, first + second + linear)
     assert "advice: the features are larger than the images" in str(prefix)
+
+
+def test_what_is_frozen_behind_something_trained_has_a_cost():
+    """Three convolutions, the middle one trained: the last one runs each step, forward and for its input's gradient."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU()),
+    )  # fmt: skip
+    rules = [{"match": "1", "lr_mult": 1}, {"match": ".*", "frozen": True}]
+    prefix = apply_plan(model, {"version": 1, "rules": rules}).prefix(IMAGES)
+    first, second, third = 2 * 64 * 64 * 4 * 27, 2 * 64 * 64 * 4 * 4, 2 * 64 * 64 * 8 * 36
+    counted = FlopCounterMode(display=False)
+    answer = model(IMAGES)
+    with counted:
+        answer.sum().backward()
+
+    assert (prefix.flops, prefix.behind_flops) == (first, third)
+    assert prefix.total_flops == first + second + third
+    assert counted.get_total_flops() == 2 * (second + third)  # of two images: the trained weights', the third's input
+    assert str(prefix).splitlines()[-2:] == [
+        f"frozen behind what is trained: {third:,} of {first + second + third:,} forward FLOPs, run each step, and as "
+        "many backward for the gradient of their input",
+        "not memoised: 2: behind what is trained",
+    ]
 
 
 def test_watching_changes_nothing():
