@@ -602,10 +602,11 @@ class AppliedPlan:
                     store.begin(where / name, self._about(part, ahead, dtype))
                 found = [cache.Boundary(ahead, where / name) for name, (_, ahead) in keys.items()]
                 self.model.train()
-                features = cache.fill(
-                    self.model, found, dataset, views=views, seed=seed, dtype=dtype, batch_size=batch_size,
-                    device=there, workers=workers, limit=limit, progress=progress,
-                )  # fmt: skip
+                with replay.channels_last(self.model, [one.prefix for one in found], sample):
+                    features = cache.fill(
+                        self.model, found, dataset, views=views, seed=seed, dtype=dtype, batch_size=batch_size,
+                        device=there, workers=workers, limit=limit, progress=progress,
+                    )  # fmt: skip
                 cache.check_stored(self.model, found[0].prefix, sample, features, dtype)
             finally:
                 self.model.to(home)

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from freezeplan import FreezePlanError, FreezePlanWarning, apply_plan, cache, store
 from freezeplan.cli import app
 from freezeplan.errors import ApplyError
+from freezeplan.replay import capture
 from freezeplan.zoo import create_model
 
 EVERYTHING = {"match": ".*", "lr_mult": 1}
@@ -373,6 +374,55 @@ def test_caching_changes_nothing(live, tmp_path):
     assert all(torch.equal(before[name], value) for name, value in live.model.state_dict().items())
     assert not any(module.training for module in live.model.modules())
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_features_are_computed_channels_last(live, tmp_path):
+    """The convolutions lie so only meanwhile, and the features are those of the plain pass."""
+    weights = [module.weight for module in live.model.modules() if isinstance(module, torch.nn.Conv2d)]
+    before = [(weight.stride(), weight.data_ptr(), weight.detach().clone()) for weight in weights]
+    plain = capture(live.model.train(), [live.prefix(data().tensors[0])], data().tensors[0])[0]
+    seen = []
+
+    def progress(*_):
+        seen.append([weight.is_contiguous(memory_format=torch.channels_last) for weight in weights])
+
+    features, _ = live.cached(data(), tmp_path, progress=progress)
+
+    assert seen
+    assert all(map(all, seen))
+    assert not all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    for weight, (strides, place, value) in zip(weights, before, strict=True):
+        assert (weight.stride(), weight.data_ptr()) == (strides, place)
+        assert torch.equal(weight, value)
+    assert torch.allclose(features.batch(range(10)), plain, rtol=1e-5, atol=1e-5)
+
+
+class Viewing(torch.nn.Module):
+    """Code that wants the axes of a convolution's answer one behind the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 16, 16), Flat())
+        self.head = torch.nn.Linear(64, 3)
+
+    def forward(self, x):
+        return self.head(self.part(x))
+
+
+class Flat(torch.nn.Module):
+    def forward(self, x):
+        return x.view(len(x), -1)
+
+
+def test_a_model_that_takes_no_channels_last_is_left_as_it_is(tmp_path):
+    """Tried on the first images."""
+    plan = {"version": 1, "rules": [{"match": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}]}
+    model = Viewing()
+    features, rest = apply_plan(model, plan).cached(data(), tmp_path)
+
+    assert torch.equal(rest(features.batch(range(10))), model(data().tensors[0]))
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        model.to(memory_format=torch.channels_last)(data().tensors[0])
 
 
 def test_list_and_remove(live, tmp_path):
