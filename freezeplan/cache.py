@@ -13,7 +13,7 @@ import os
 import pickle
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -109,8 +109,15 @@ class Features(Dataset[Any]):
     def _features(self, row: int) -> Tensor:
         number, at = divmod(row, self._rows)
         if number not in self._open:
-            with safe_open(self._shards[number], "pt") as file:
-                self._open[number] = file.get_tensor("features")
+            path = self._shards[number]
+            try:
+                with safe_open(path, "pt") as file:
+                    self._open[number] = file.get_tensor("features")
+            except (OSError, SafetensorError):
+                raise FreezePlanError(
+                    f"{path}: these features are gone or damaged since they were computed",
+                    notes=["applied.cached(...) again computes what is missing; freezeplan cache rm removes entries"],
+                ) from None
         return self._open[number][at]
 
     def _item(self, row: int, features: Tensor) -> Any:
@@ -152,6 +159,8 @@ class Boundary:
 
     prefix: Prefix
     folder: Path
+    about: Mapping[str, Any]
+    """What ``freezeplan cache ls`` says of them."""
 
 
 def fill(
@@ -185,6 +194,8 @@ def fill(
     directory = boundaries[0].folder.parent
     if limit is not None:
         _check_limit(directory, len(reader) * sum(bytes_of), limit)
+    for boundary in boundaries:
+        store.begin(boundary.folder, boundary.about)
     targets: list[tuple[Any, ...] | None] = []
     shards: list[list[Path]] = [[] for _ in boundaries]
     waiting: list[tuple[int, Path]] = []
@@ -196,7 +207,8 @@ def fill(
         started = time.perf_counter()
         prefixes = [boundaries[at].prefix for at, _ in missing]
         parts = [capture(model, prefixes, batch.to(device)) for batch in batches]
-        for column, (_, path) in enumerate(missing):
+        for column, (at, path) in enumerate(missing):
+            store.begin(boundaries[at].folder, boundaries[at].about)  # removed meanwhile, perhaps
             _write(path, torch.cat([_stored(part[column], dtype) for part in parts]))
         computed += sum(map(len, batches))
         seconds += time.perf_counter() - started
@@ -393,11 +405,17 @@ def _stored(features: Tensor, dtype: FeatureDtype) -> Tensor:
 
 
 def _write(path: Path, features: Tensor) -> None:
-    temporary = path.with_suffix(".tmp")
-    save_file({"features": features.contiguous()}, temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with store.explained(path.parent.parent):
+        try:
+            save_file({"features": features.contiguous()}, temporary)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        for left in path.parent.glob(f"{path.stem}.*.tmp"):  # by processes that were killed
+            left.unlink(missing_ok=True)
 
 
 def _whole(path: Path, rows: int, boundary: Boundary) -> bool:
@@ -415,10 +433,11 @@ def _locked(paths: Sequence[Path], timeout: float = 0) -> Iterator[set[Path]]:
     try:
         for path in paths:
             lock = FileLock(f"{path}.lock")
-            try:
-                lock.acquire(timeout=timeout)
-            except Timeout:
-                continue
+            with store.explained(path.parent.parent):
+                try:
+                    lock.acquire(timeout=timeout)
+                except Timeout:  # which is an OSError
+                    continue
             held[path] = lock
         yield set(held)
     finally:

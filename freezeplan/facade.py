@@ -566,7 +566,8 @@ class AppliedPlan:
 
         Raises:
             ApplyError: If nothing can be memoised, the images are not the same each time, or the comparison fails.
-            FreezePlanError: If the features do not fit, or an image has another shape than the first.
+            FreezePlanError: If the features do not fit, the directory cannot be used, or an image has another shape
+                than the first.
 
         Examples:
             >>> import tempfile
@@ -598,9 +599,10 @@ class AppliedPlan:
                 sample = cache.first_images(dataset, views, seed).to(there)
                 parts, rest = self._proven(sample)
                 keys = {cache.key(self.model, part, ahead, dtype, there): (part, ahead) for part, ahead in parts}
-                for name, (part, ahead) in keys.items():
-                    store.begin(where / name, self._about(part, ahead, dtype))
-                found = [cache.Boundary(ahead, where / name) for name, (_, ahead) in keys.items()]
+                found = [
+                    cache.Boundary(ahead, where / name, self._about(part, ahead, dtype))
+                    for name, (part, ahead) in keys.items()
+                ]
                 self.model.train()
                 with replay.channels_last(self.model, [one.prefix for one in found], sample):
                     features = cache.fill(

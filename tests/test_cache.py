@@ -12,10 +12,12 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision import transforms
 from typer.testing import CliRunner
@@ -446,6 +448,105 @@ def test_list_and_remove(live, tmp_path):
     runner.invoke(app, ["cache", "rm", "--all", "--dir", str(tmp_path)])
     assert list(tmp_path.iterdir()) == []
     assert "no features are kept" in runner.invoke(app, ["cache", "ls", "--dir", str(tmp_path)]).stdout
+
+
+@pytest.mark.parametrize("below", ["", "/below"])
+def test_a_folder_that_cannot_be_used_is_named(live, tmp_path, below):
+    """A file where the folder, or one above it, would be."""
+    (tmp_path / "file").write_text("")
+    where = Path(f"{tmp_path}/file{below}")
+    with pytest.raises(FreezePlanError) as error:
+        live.cached(data(), where)
+    listed = CliRunner().invoke(app, ["cache", "ls", "--dir", str(where)])
+
+    assert str(error.value) == (
+        f"{where}: features cannot be kept there: Not a directory\n"
+        "  another folder (directory=, or XDG_CACHE_HOME), or train without: freezeplan run --no-cache"
+    )
+    assert (listed.exit_code, store.entries(where)) == (0, ())
+
+
+@pytest.mark.parametrize("about", ["", "{}", "[]", "{", '{"model": 1}', "\udcff"])
+def test_what_an_entry_says_of_itself_may_be_damaged(live, tmp_path, about):
+    """It is left out of the list, its shards are used, and it is written anew."""
+    live.cached(data(), tmp_path)
+    file = next(tmp_path.glob("*/about.json"))
+    whole = file.read_text()
+    file.write_bytes(about.encode(errors="surrogateescape"))
+    listed = CliRunner().invoke(app, ["cache", "ls", "--dir", str(tmp_path)])
+    empty = store.entries(tmp_path)
+    features, _ = live.cached(data(), tmp_path)
+
+    assert (listed.exit_code, empty, features.computed) == (0, (), 0)
+    assert file.read_text() == whole
+    assert len(store.entries(tmp_path)) == 1
+
+
+def test_an_entry_may_go_while_it_is_written(live, tmp_path):
+    """As by ``freezeplan cache rm`` in another process: what comes after is kept, and listed."""
+    gone = []
+
+    def progress(done, rows):
+        if not gone:
+            gone.append(store.remove(tmp_path, [entry.key for entry in store.entries(tmp_path)]))
+
+    with pytest.raises(FreezePlanError) as error:
+        live.cached(data(), tmp_path, batch_size=4, progress=progress)
+
+    assert gone[0] > 0
+    assert [entry.shards for entry in store.entries(tmp_path)] == [2]
+    assert re.fullmatch(
+        rf"{tmp_path}/\w+/\w+\.safetensors: these features are gone or damaged since they were computed\n"
+        r"  applied\.cached\(\.\.\.\) again computes what is missing; freezeplan cache rm removes entries",
+        str(error.value),
+    )
+    again, _ = live.cached(data(), tmp_path, batch_size=4)
+    assert again.computed == 4
+
+
+def test_a_full_disk_is_an_error_of_the_folder(live, tmp_path, monkeypatch):
+    """Told by the library that writes the file, in words of its own."""
+
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(cache, "save_file", full)
+    with pytest.raises(FreezePlanError) as error:
+        live.cached(data(), tmp_path)
+
+    assert str(error.value).startswith(f"{tmp_path}: features cannot be kept there: No space left on device\n")
+
+
+def test_what_cannot_be_removed_is_named(live, tmp_path, monkeypatch):
+    """An entry that another process removes at the same time is no error, one that the system protects is."""
+    live.cached(data(), tmp_path)
+    (entry,) = store.entries(tmp_path)
+
+    def raising(error):
+        def rename(*_):
+            raise error
+
+        monkeypatch.setattr(Path, "rename", rename)
+
+    raising(PermissionError(13, "Permission denied"))
+    with pytest.raises(FreezePlanError) as error:
+        store.remove(tmp_path, [entry.key])
+    raising(FileNotFoundError(2, "No such file or directory"))
+
+    assert str(error.value) == f"{tmp_path / entry.key}: it cannot be removed: Permission denied"
+    assert store.remove(tmp_path, [entry.key]) == entry.bytes
+
+
+def test_what_killed_processes_left_goes_with_the_next_write(live, tmp_path):
+    """Files under a temporary name have the process's number; the one who writes the shard takes them away."""
+    live.cached(data(), tmp_path)
+    shard = max(tmp_path.glob("*/*.safetensors"))
+    shard.with_suffix(".1.tmp").write_bytes(b"half")
+    shard.unlink()
+    live.cached(data(), tmp_path)
+
+    assert shard.exists()
+    assert not list(tmp_path.glob("*/*.tmp"))
 
 
 WORK = """
