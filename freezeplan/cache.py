@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from freezeplan import guard, names, store, zoo
 from freezeplan.errors import ApplyError, FreezePlanError
-from freezeplan.prefix import Prefix
-from freezeplan.replay import capture, close
+from freezeplan.prefix import Prefix, close
+from freezeplan.replay import capture
 from freezeplan.resolution import Resolution
 
 FeatureDtype = Literal["float32", "float16", "bfloat16"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from freezeplan import names
 from freezeplan.errors import ApplyError
-from freezeplan.prefix import Call, Output, Prefix, intercepted, named, tensors, undisturbed
+from freezeplan.prefix import Call, Output, Prefix, close, intercepted, named, tensors, undisturbed
 from freezeplan.sharded import is_sharded
 
 
@@ -289,15 +289,6 @@ def _same(
         f"the pass over features differs from the plain one at {where}",
         notes=["this model cannot be trained on kept features; train it on images, with the same plan"],
     )
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
-    """Return whether two tensors are equal but for rounding: to ``tolerance`` times the largest number in the first."""
-    if a.shape != b.shape or not a.numel():
-        return a.shape == b.shape
-    a, b = a.detach().float(), b.detach().float()
-    scale = float(a.abs().nan_to_num(0.0, 0.0, 0.0).max())
-    return bool(torch.isclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True).all())
 
 
 def _first_difference(model: nn.Module, rest: Rest, prefix: Prefix, images: Tensor, features: Tensor) -> str:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -163,6 +164,46 @@ def test_batch_norm_in_train_is_named():
 def test_nothing_to_memoise_is_said():
     """Where all is trained."""
     assert str(found("test_resnet", "full")) == "nothing ahead of what is trained can be memoised"
+
+
+class Own(nn.Module):
+    """A frozen convolution, something done to its answer by the module's own code, and a head."""
+
+    def __init__(self, code):
+        super().__init__()
+        self.part, self.head = Coded(code), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(self.part(x).mean((2, 3)))
+
+
+class Coded(nn.Module):
+    def __init__(self, code):
+        super().__init__()
+        self.conv, self.code = nn.Conv2d(3, 3, 1), code
+
+    def forward(self, x):
+        return self.code(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        lambda y: y - y.mean(0),
+        lambda y: y - y[:1],
+        lambda y: y / len(y),
+        lambda y: F.batch_norm(y, None, None, training=True),
+        lambda y: F.dropout(y, 0.5, True),
+    ],
+    ids=["batch-mean", "first-image", "number-of-images", "batch-norm", "dropout"],
+)
+def test_what_code_of_a_module_does_with_the_batch_is_seen(code):
+    """No class and no gradient shows it; two images alone and behind another one do."""
+    rules = [{"match": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}]
+    prefix = apply_plan(Own(code), {"version": 1, "rules": rules}).prefix(IMAGES)
+
+    assert [call.module for call in prefix.stored] == ["part.conv"]
+    assert prefix.reasons == {"part": "its answer depends on the batch, or on chance"}
 
 
 class Fickle(nn.Module):

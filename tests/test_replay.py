@@ -271,16 +271,17 @@ def test_a_path_that_autograd_does_not_see_is_found():
 
 
 def test_what_depends_on_the_batch_is_found():
-    """Code of a module that looks at the whole batch, in eval mode too."""
+    """Code of a module that looks at other images in a way that two of them do not show."""
 
-    class Centred(Part):
+    class Rolled(Part):
         def forward(self, x):
             y = self.conv(x)
-            return y - y.mean(0)
+            return y - y.roll(1, 0)
 
-    _, prefix, rest = made(model := Net(Centred(), lambda net, y: y), HEAD, 8)
+    model = Net(Rolled(), lambda net, y: y)
+    prefix = apply_plan(model, HEAD).prefix(images(8, 2))
     with pytest.raises(ApplyError) as error:
-        replay.prove(model, rest, prefix, images(8))
+        replay.prove(model, replay.Rest(model, prefix), prefix, images(8))
 
     assert str(error.value) == (
         "an image's features depend on the other images of its batch, or on chance: they cannot be kept\n"
