@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
 import pickle
 import random
@@ -26,7 +27,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from freezeplan import guard, names, store, zoo
 from freezeplan.errors import ApplyError, FreezePlanError
@@ -79,6 +80,13 @@ class Features(Dataset[Any]):
         return self._count
 
     def __getitem__(self, index: int) -> Any:
+        try:
+            index = operator.index(index)
+        except TypeError:
+            raise ApplyError(
+                f"an item is one image's, by its number; found a {type(index).__name__}",
+                notes=["features.batch([0, 1, 2]) gives several images' features in one tensor"],
+            ) from None
         if not -len(self) <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         row = self._row(index % len(self))
@@ -98,8 +106,13 @@ class Features(Dataset[Any]):
 
         Returns:
             (N, E), in memory.
+
+        Raises:
+            IndexError: If there is no such image, or no such view.
         """
         found = indices.tolist() if isinstance(indices, Tensor) else indices
+        if not all(0 <= index < self._count for index in found) or not 0 <= view < self.views:
+            raise IndexError(f"images {found} of {self._count}, view {view} of {self.views}")
         return torch.stack([self._features(view * self._count + index) for index in found])
 
     def _row(self, index: int) -> int:
@@ -269,6 +282,32 @@ def image_of(item: Any) -> Tensor:
             notes=["let the data set's transform end in ToTensor and Normalize, as for training"],
         )
     return image
+
+
+def check_arguments(dataset: Any, *, views: int, batch_size: int, dtype: str) -> None:
+    """Refuse what features cannot be kept of, or in.
+
+    Raises:
+        ApplyError: If the data set has no length or no index, is empty, or a number or the data type is no such one.
+    """
+    if isinstance(dataset, DataLoader):
+        raise ApplyError(
+            "features are kept of a data set, image by image; found a DataLoader",
+            notes=["applied.cached(loader.dataset, ...), and a DataLoader of what it gives"],
+        )
+    counted = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if not counted or isinstance(dataset, (IterableDataset, Tensor)):
+        raise ApplyError(
+            f"features are kept of a data set with len(dataset) and dataset[index]; found a {type(dataset).__name__}",
+            notes=["torch.utils.data.TensorDataset(images, labels) makes one of tensors"],
+        )
+    if dtype not in _TOLERANCE:
+        raise ApplyError(f"dtype is {', '.join(map(repr, _TOLERANCE))}, found {dtype!r}")
+    if views < 1 or batch_size < 1 or not len(dataset):
+        raise ApplyError(
+            f"features need at least one image, one view and one image a pass, found {len(dataset)}, {views} and "
+            f"{batch_size}"
+        )
 
 
 def check_fixed(dataset: Dataset[Any], views: int, seed: int) -> None:

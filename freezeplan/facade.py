@@ -565,7 +565,8 @@ class AppliedPlan:
             the model itself can be evaluated on images at any time.
 
         Raises:
-            ApplyError: If nothing can be memoised, the images are not the same each time, or the comparison fails.
+            ApplyError: If an argument is none that is possible, nothing can be memoised, the images are not the same
+                each time, or the comparison fails.
             FreezePlanError: If the features do not fit, the directory cannot be used, or an image has another shape
                 than the first.
 
@@ -584,11 +585,7 @@ class AppliedPlan:
             True
         """
         self._check_live()
-        if views < 1 or batch_size < 1 or not len(dataset):  # type: ignore[arg-type]
-            raise ApplyError(
-                f"features need at least one image, one view and one image a pass, found {len(dataset)}, "  # type: ignore[arg-type]
-                f"{views} and {batch_size}"
-            )
+        cache.check_arguments(dataset, views=views, batch_size=batch_size, dtype=dtype)
         home = next(self.model.parameters()).device
         there = home if device is None else torch.device(device)
         cache.check_fixed(dataset, views, seed)

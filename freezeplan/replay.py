@@ -50,8 +50,14 @@ class Rest(nn.Module):
             features: (N, E), as ``capture`` or a dataset of features gives them.
 
         Raises:
-            ApplyError: If a parameter of the memoised part is trained now.
+            ApplyError: If a parameter of the memoised part is trained now, or these are no features of it.
         """
+        elements = self._prefix.elements
+        if features.ndim != 2 or features.shape[1] != elements:
+            raise ApplyError(
+                f"features of this model have the shape (N, {elements}), found {tuple(features.shape)}",
+                notes=["images go to the model itself; after a new phase: applied.cached(...) again"],
+            )
         if any(parameter.requires_grad for parameter in self._frozen):
             raise ApplyError(
                 "what these features were computed with is trained now, so they are of no use",

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchvision import transforms
 from typer.testing import CliRunner
 
@@ -318,6 +319,106 @@ def test_what_is_no_image_is_named(live, tmp_path):
         "  features are kept of images of one size: resize and crop them in the transform",
     ]
     assert str(empty.value) == "features need at least one image, one view and one image a pass, found 0, 1 and 32"
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(data())
+
+
+TENSORS = "\n  torch.utils.data.TensorDataset(images, labels) makes one of tensors"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "arguments", "message"),
+    [
+        (
+            DataLoader(data()),
+            {},
+            "features are kept of a data set, image by image; found a DataLoader\n"
+            "  applied.cached(loader.dataset, ...), and a DataLoader of what it gives",
+        ),
+        (
+            Stream(),
+            {},
+            f"features are kept of a data set with len(dataset) and dataset[index]; found a Stream{TENSORS}",
+        ),
+        (
+            data().tensors[0],
+            {},
+            f"features are kept of a data set with len(dataset) and dataset[index]; found a Tensor{TENSORS}",
+        ),
+        (data(), {"dtype": "int8"}, "dtype is 'float32', 'float16', 'bfloat16', found 'int8'"),
+        (data(), {"views": 0}, "features need at least one image, one view and one image a pass, found 10, 0 and 32"),
+    ],
+    ids=["loader", "stream", "tensor", "dtype", "views"],
+)
+def test_arguments_that_are_none_are_refused(live, tmp_path, dataset, arguments, message):
+    """One error each, before anything is computed."""
+    with pytest.raises(ApplyError) as error:
+        live.cached(dataset, tmp_path, **arguments)
+
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("index", [slice(3), torch.tensor([0, 1]), [0, 1]], ids=["slice", "tensor", "list"])
+def test_an_item_is_one_images(live, tmp_path, index):
+    """Any integer names it, a batch has another method."""
+    features, _ = live.cached(data(), tmp_path)
+    with pytest.raises(ApplyError) as error:
+        features[index]
+    messages = []
+    for indices, view in (([10], 0), ([-1], 0), ([0], 1)):
+        with pytest.raises(IndexError) as beyond:
+            features.batch(indices, view)
+        messages.append(str(beyond.value))
+
+    assert str(error.value) == (
+        f"an item is one image's, by its number; found a {type(index).__name__}\n"
+        "  features.batch([0, 1, 2]) gives several images' features in one tensor"
+    )
+    assert messages == [
+        "images [10] of 10, view 0 of 1",
+        "images [-1] of 10, view 0 of 1",
+        "images [0] of 10, view 1 of 1",
+    ]
+    assert torch.equal(features[torch.tensor(1)][0], features[np.int64(1)][0])
+    assert torch.equal(features[-9][0], features[1][0])
+
+
+class Files(Dataset):
+    """Images in files, as ``ImageFolder`` reads them."""
+
+    def __init__(self, folder):
+        self.files = sorted(folder.glob("*.png"))
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        return transforms.functional.to_tensor(Image.open(self.files[index])), index
+
+
+def test_one_changed_file_costs_its_shard(live, tmp_path):
+    """Of twelve in three shards; a name or a date of change decides nothing."""
+    (tmp_path / "images").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(12):
+        pixels = generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number:02}.png")
+    before, _ = live.cached(Files(tmp_path / "images"), tmp_path / "cache", batch_size=4)
+    changed = tmp_path / "images" / "05.png"
+    pixels = np.array(Image.open(changed))
+    pixels[0, 0, 0] ^= 1
+    Image.fromarray(pixels).save(changed)
+    (tmp_path / "images" / "11.png").touch()
+    (tmp_path / "images" / "00.png").rename(tmp_path / "images" / "000.png")
+    after, rest = live.cached(Files(tmp_path / "images"), tmp_path / "cache", batch_size=4)
+    images = torch.stack([image for image, _ in Files(tmp_path / "images")])
+
+    assert (before.computed, after.computed) == (12, 4)
+    assert torch.equal(before.batch(range(4)), after.batch(range(4)))
+    assert torch.allclose(rest.eval()(after.batch(range(12))), live.model(images), atol=1e-5)
 
 
 def test_a_plan_without_a_prefix_is_refused(tmp_path):

@@ -170,6 +170,21 @@ def test_what_was_thawed_is_refused():
     )
 
 
+def test_images_are_no_features():
+    """What goes where is said."""
+    model = create_model("test_resnet", num_classes=3)
+    _, prefix, rest = made(model, "linear_probe")
+    features = replay.capture(model, [prefix], images(64))[0]
+    for wrong in (images(64), features[0], features[:, :-1]):
+        with pytest.raises(ApplyError) as error:
+            rest(wrong)
+
+        assert str(error.value) == (
+            f"features of this model have the shape (N, 96), found {tuple(wrong.shape)}\n"
+            "  images go to the model itself; after a new phase: applied.cached(...) again"
+        )
+
+
 class Part(nn.Module):
     """A convolution whose answer a subclass wraps up."""
 
