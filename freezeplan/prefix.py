@@ -121,6 +121,14 @@ class Prefix:
         return sum(call.flops for call in self.calls)
 
     @property
+    def obstacle(self) -> str:
+        """Why nothing can be kept; empty where something can."""
+        if self.stored:
+            return ""
+        found = (f"{name or 'the model'}: {why}" for name, why in self.reasons.items() if why != _BEHIND)
+        return next(found, "no frozen module runs ahead of what is trained")
+
+    @property
     def advice(self) -> str:
         """Why a cache is no good idea; empty where it is."""
         if self.bytes > self.image_bytes:

@@ -160,10 +160,11 @@ def print_forecast(found: Mapping[str, Any]) -> None:
         found: What ``Forecast.as_json`` returned.
     """
     console = stdout()
-    phase = f", phase {found['phase']}" if found["phase"] else ""
+    phase = f", phase {found['phase']} (the first of {found['phases']})" if found["phase"] else ""
     size, batch = found["image_size"], found["batch_size"]
     console.print(
-        Text(f"{found['plan']}{phase} on {found['model']}, {size} x {size} pixels, {batch} images a step", "bold")
+        Text(f"{found['plan']}{phase} on {found['model']}, {size} x {size} pixels, {batch} images a step", "bold"),
+        soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for title in ("", "this plan", "everything", "ratio"):
@@ -195,6 +196,8 @@ def print_forecast(found: Mapping[str, Any]) -> None:
         )
         if found["advice"]:
             console.print(f"advice: {found['advice']}", soft_wrap=True)
+    else:
+        console.print(Text(f"nothing can be kept: {found['obstacle']}"), soft_wrap=True)
 
 
 def print_entries(directory: Path, entries: Sequence[Entry]) -> None:

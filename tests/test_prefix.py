@@ -206,6 +206,76 @@ def test_what_code_of_a_module_does_with_the_batch_is_seen(code):
     assert prefix.reasons == {"part": "its answer depends on the batch, or on chance"}
 
 
+class Box:
+    """No number and no tensor."""
+
+
+@pytest.mark.parametrize(
+    ("code", "use", "reason"),
+    [
+        (lambda y: (y, Box()), lambda y: y[0], "it gives a Box, which cannot be kept"),
+        (lambda y: y.mean(0), lambda y: y[None], "no axis of images in its output: (3, 64, 64) for two, (3, 64, 64) "
+         "for three"),
+        (lambda y: [y] * len(y), lambda y: y[0], "its answer has another structure for another number of images"),
+    ],
+    ids=["kind", "axis", "structure"],
+)  # fmt: skip
+def test_answers_that_cannot_be_kept_are_named(code, use, reason):
+    """The module that gives them runs, what is below it is kept."""
+
+    class Using(Own):
+        def forward(self, x):
+            return self.head(use(self.part(x)).mean((2, 3)))
+
+    rules = [{"match": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}]
+    prefix = apply_plan(Using(code), {"version": 1, "rules": rules}).prefix(IMAGES)
+
+    assert [call.module for call in prefix.stored] == ["part.conv"]
+    assert prefix.reasons == {"part": reason}
+
+
+def test_what_changes_in_place_what_is_read_runs():
+    """Its argument is kept as it was before."""
+
+    class Doubling(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x.mul_(2))
+
+    class Using(Own):
+        def __init__(self):
+            super().__init__(lambda y: y)
+            self.late = Doubling(3, 3, 1)
+
+        def forward(self, x):
+            y = self.part(x)
+            return self.head((self.late(y) + y).mean((2, 3)))
+
+    rules = [{"match": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}]
+    prefix = apply_plan(Using(), {"version": 1, "rules": rules}).prefix(IMAGES)
+
+    assert [call.module for call in prefix.stored] == ["part"]
+    assert prefix.reasons == {"late": "it changes in place what the rest of the pass reads"}
+
+
+def test_a_model_whose_trained_part_reads_the_image_keeps_nothing():
+    """A path around the frozen part."""
+
+    class Around(Own):
+        def forward(self, x):
+            return self.head((self.part(x) + x).mean((2, 3)))
+
+    rules = [{"match": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}]
+    prefix = apply_plan(Around(lambda y: y), {"version": 1, "rules": rules}).prefix(IMAGES)
+
+    assert prefix.calls == ()
+    assert prefix.reasons == {"": "what is trained reads the image itself"}
+    assert prefix.obstacle == "the model: what is trained reads the image itself"
+    assert str(prefix).splitlines() == [
+        "nothing ahead of what is trained can be memoised",
+        "not memoised: the model: what is trained reads the image itself",
+    ]
+
+
 class Fickle(nn.Module):
     """Calls its parts in another order each time."""
 
