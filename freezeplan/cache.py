@@ -36,10 +36,9 @@ from freezeplan.replay import capture
 from freezeplan.resolution import Resolution
 
 FeatureDtype = Literal["float32", "float16", "bfloat16"]
-SHARD_BYTES = 64 * 2**20
-"""Features of a shard, about."""
-SHARD_IMAGE_BYTES = 256 * 2**20
-"""Images of a shard, about: they are in memory until it is known whether their features are there."""
+SHARD_BYTES = 256 * 2**20
+"""Images of a shard, or its features where they are larger, about: both are in memory until they are written. Where
+they are not larger, phases and plans cut alike and find each other's shards."""
 _TOLERANCE = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 2e-2}
 
 
@@ -189,11 +188,13 @@ def fill(
     workers: int,
     limit: int | None,
     progress: Callable[[int, int], None] | None,
+    earlier: Boundary | None = None,
 ) -> Features:
     """Compute what is not there yet, and return the features of the first boundary.
 
-    Every image is read once, to know whose features they are; the model runs on those of shards that are missing. What
-    another process is writing is left to it. ``AppliedPlan.cached`` says what the arguments are.
+    Every image is read once, to know whose features they are; the model runs on those of shards that are missing, or on
+    their features at an ``earlier`` boundary, where they are there. What another process is writing is left to it.
+    ``AppliedPlan.cached`` says what the other arguments are.
 
     Raises:
         FreezePlanError: If the features do not fit on the disk or under the limit, an image has another shape, or a
@@ -202,7 +203,7 @@ def fill(
     reader = _Reader(dataset, views, seed)
     first = boundaries[0].prefix
     bytes_of = [b.prefix.elements * getattr(torch, dtype).itemsize for b in boundaries]
-    most = max(1, min(SHARD_BYTES // max(bytes_of), SHARD_IMAGE_BYTES // first.image_bytes) // batch_size)
+    most = max(1, SHARD_BYTES // max(*bytes_of, first.image_bytes) // batch_size)
     rows = most * batch_size
     directory = boundaries[0].folder.parent
     if limit is not None:
@@ -214,12 +215,16 @@ def fill(
     waiting: list[tuple[int, Path]] = []
     computed, seconds = 0, 0.0
 
-    def write(batches: list[Tensor], missing: Sequence[tuple[int, Path]]) -> None:
+    def write(batches: Sequence[Tensor], missing: Sequence[tuple[int, Path]]) -> None:
         nonlocal computed, seconds
         store.check_room(directory, sum(bytes_of[at] for at, _ in missing) * sum(map(len, batches)), limit)
         started = time.perf_counter()
         prefixes = [boundaries[at].prefix for at, _ in missing]
-        parts = [capture(model, prefixes, batch.to(device)) for batch in batches]
+        given, ahead = batches, None
+        if earlier is not None and _whole(earlier.folder / missing[0][1].name, sum(map(len, batches)), earlier):
+            with safe_open(earlier.folder / missing[0][1].name, "pt") as file:
+                given, ahead = file.get_tensor("features").split(batch_size), earlier.prefix
+        parts = [capture(model, prefixes, batch.to(device), ahead) for batch in given]
         for column, (at, path) in enumerate(missing):
             store.begin(boundaries[at].folder, boundaries[at].about)  # removed meanwhile, perhaps
             _write(path, torch.cat([_stored(part[column], dtype) for part in parts]))

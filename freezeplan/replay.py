@@ -37,8 +37,7 @@ class Rest(nn.Module):
         super().__init__()
         self.__dict__["_model"] = model  # not registered: its frozen parameters are not this module's
         self.__dict__["_prefix"] = prefix
-        memoised = {call.module for call in prefix.calls}
-        self.__dict__["_parts"] = {n: found for n, found in names.modules(model).items() if n in memoised}
+        self.__dict__["_parts"] = _parts(model, prefix)
         self.__dict__["_frozen"] = [p for found in self._parts.values() for m in found for p in m.parameters()]
         _adopt(self, model)
         self.training = model.training
@@ -63,18 +62,8 @@ class Rest(nn.Module):
                 "what these features were computed with is trained now, so they are of no use",
                 notes=["after a new phase: features, rest = applied.cached(...) again"],
             )
-        answers = dict(_unpacked(self._prefix, features))
-        name = {id(module): n for n, found in self._parts.items() for module in found}
-        counts = dict.fromkeys(self._parts, 0)  # no Counter: torch.compile knows none
-
-        def around(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            key = (name[id(module)], counts[name[id(module)]])
-            counts[key[0]] += 1
-            return answers[key] if key in answers else forward(*args, **kwargs)
-
-        with intercepted([module for found in self._parts.values() for module in found], around):
-            prefix = self._prefix
-            return self._model(_nothing(features, (len(features), *prefix.image_shape), prefix.image_dtype))
+        with _answering(self._parts, self._prefix, features):
+            return self._model(_no_images(self._prefix, features))
 
     def train(self, mode: bool = True) -> Rest:
         """Set the mode of the whole model; what the plan holds in eval stays there."""
@@ -84,6 +73,27 @@ class Rest(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rest:
         self._model._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def _parts(model: nn.Module, prefix: Prefix) -> dict[str, list[nn.Module]]:
+    memoised = {call.module for call in prefix.calls}
+    return {name: found for name, found in names.modules(model).items() if name in memoised}
+
+
+def _answering(
+    parts: dict[str, list[nn.Module]], prefix: Prefix, features: Tensor
+) -> contextlib.AbstractContextManager[None]:
+    """Let memoised calls give what was kept of them."""
+    answers = dict(_unpacked(prefix, features))
+    name = {id(module): n for n, found in parts.items() for module in found}
+    counts = dict.fromkeys(parts, 0)  # no Counter: torch.compile knows none
+
+    def around(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        key = (name[id(module)], counts[name[id(module)]])
+        counts[key[0]] += 1
+        return answers[key] if key in answers else forward(*args, **kwargs)
+
+    return intercepted([module for found in parts.values() for module in found], around)
 
 
 def _adopt(target: nn.Module, source: nn.Module) -> None:
@@ -121,6 +131,10 @@ def _unpacked(prefix: Prefix, features: Tensor) -> Iterator[tuple[tuple[str, int
         yield (call.module, call.number), call.answer(found)
 
 
+def _no_images(prefix: Prefix, features: Tensor) -> Tensor:
+    return _nothing(features, (len(features), *prefix.image_shape), prefix.image_dtype)
+
+
 def _nothing(features: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.zeros((), dtype=dtype, device=features.device).expand(shape)
 
@@ -129,13 +143,14 @@ class _Enough(Exception):  # noqa: N818  # no error: the pass may end here
     """Everything that is kept has been seen."""
 
 
-def capture(model: nn.Module, prefixes: Sequence[Prefix], images: Tensor) -> list[Tensor]:
+def capture(model: nn.Module, prefixes: Sequence[Prefix], given: Tensor, earlier: Prefix | None = None) -> list[Tensor]:
     """Run a model on images up to the last output that is kept.
 
     Args:
         model: As it was watched. It is not changed.
         prefixes: What ``watch`` found; several, of several phases, cost one pass.
-        images: (N, C, H, W), on the model's device.
+        given: Images, (N, C, H, W), on the model's device; or features of them, (N, E), from which the pass goes on.
+        earlier: What was found on the model where these features were kept; all of it is memoised in ``prefixes`` too.
 
     Returns:
         For each prefix the features, (N, E), on that device.
@@ -143,14 +158,35 @@ def capture(model: nn.Module, prefixes: Sequence[Prefix], images: Tensor) -> lis
     found: list[dict[tuple[str, int], list[Tensor]]] = [{} for _ in prefixes]
     open_ = [len(prefix.stored) for prefix in prefixes]
     with contextlib.ExitStack() as stack:
+        if earlier is not None:
+            stack.enter_context(_answering(_parts(model, earlier), earlier, given))
         for at, prefix in enumerate(prefixes):
             stack.enter_context(_collecting(model, prefix, found[at], open_, at))
         with torch.no_grad(), contextlib.suppress(_Enough):
-            model(images)
+            model(given if earlier is None else _no_images(earlier, given))
     return [
         torch.cat([part for call in prefix.stored for part in seen[call.module, call.number]], 1)
         for prefix, seen in zip(prefixes, found, strict=True)
     ]
+
+
+def leads(model: nn.Module, earlier: Prefix, prefixes: Sequence[Prefix], images: Tensor) -> bool:
+    """Return whether the features that are kept for one prefix lead to those of others, without the images.
+
+    Args:
+        model: As it was watched last; it is in train mode afterwards.
+        earlier: What was found on it when less was frozen.
+        prefixes: What is found now.
+        images: Some, (N, C, H, W), to try it on.
+    """
+    if not earlier.stored:
+        return False
+    model.train()
+    try:
+        behind = capture(model, prefixes, capture(model, [earlier], images)[0], earlier)
+    except RuntimeError:  # a shape of features that were not kept
+        return False
+    return all(map(close, capture(model, prefixes, images), behind))
 
 
 @contextlib.contextmanager

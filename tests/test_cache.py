@@ -45,7 +45,7 @@ def live():
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(cache, "SHARD_IMAGE_BYTES", 4 * 64 * 64 * 3 * 4)
+    monkeypatch.setattr(cache, "SHARD_BYTES", 4 * 64 * 64 * 3 * 4)
 
 
 def test_features_are_the_models_answers_so_far(live, tmp_path):
@@ -465,6 +465,55 @@ def test_phases_find_their_features(tmp_path):
     ]
 
 
+def frozen_up_to(*stages):
+    """A plan whose phases freeze these stages, an epoch each, and train the rest."""
+    phases = [
+        {"name": f"up to {stage}", "until": number + 1, "rules": [{"stage": f"..{stage}", "frozen": True}]}
+        for number, stage in enumerate(stages)
+    ]
+    del phases[-1]["until"]
+    return {"version": 1, "phases": phases, "rules": [EVERYTHING]}
+
+
+@pytest.mark.parametrize(
+    ("stages", "from_pixels"),
+    [
+        pytest.param((4, 3, 2), [True, False, False], id="thawed"),
+        pytest.param((2, 3, 4), [True, False, False], id="frozen"),
+        pytest.param((3, 4, 2), [True, True, False], id="frozen-and-thawed"),
+    ],
+)
+def test_three_phases_run_the_first_layers_once(tmp_path, monkeypatch, stages, from_pixels):
+    """Thawing: what later phases need is kept in the first pass. Freezing: old features go through what is frozen now.
+
+    Where a later phase needs features from further ahead than the old ones are, all are computed from pixels again.
+    """
+    torch.manual_seed(0)
+    model = create_model("resnet18", num_classes=3)
+    live = apply_plan(model, frozen_up_to(*stages), lr=0.1)
+    images, _ = data(40).tensors
+    pixels = []
+
+    def counting(model, prefixes, given, earlier=None):
+        pixels[-1] += len(given) if earlier is None else 0
+        return capture(model, prefixes, given, earlier)
+
+    monkeypatch.setattr(cache, "capture", counting)
+    for epoch in range(3):
+        live.step(epoch=epoch)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01 if parameter.requires_grad else 1)
+        pixels.append(0)
+        features, rest = live.cached(data(40), tmp_path, batch_size=4)
+        again, _ = live.cached(data(40), tmp_path, batch_size=4)
+
+        assert again.computed == 0
+        assert torch.allclose(rest.eval()(features.batch(range(40))), model(images), rtol=1e-4, atol=1e-4)
+
+    assert pixels == [3 + 3 + 40 * anew for anew in from_pixels]  # each call compares three images with what is kept
+
+
 def test_caching_changes_nothing(live, tmp_path):
     """Weights, buffers, modes, random state."""
     live.model.eval()
@@ -657,7 +706,7 @@ WORK = """
     from torch.utils.data import TensorDataset
 
     def work(where):
-        cache.SHARD_IMAGE_BYTES = 4 * 64 * 64 * 3 * 4
+        cache.SHARD_BYTES = 4 * 64 * 64 * 3 * 4
         torch.manual_seed(0)
         torch.set_num_threads(1)
         model = create_model("resnet18", num_classes=3)
