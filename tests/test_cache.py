@@ -489,7 +489,7 @@ def test_three_phases_run_the_first_layers_once(tmp_path, monkeypatch, stages, f
     Where a later phase needs features from further ahead than the old ones are, all are computed from pixels again.
     """
     torch.manual_seed(0)
-    model = create_model("resnet18", num_classes=3)
+    model = create_model("test_convnext", num_classes=3)
     live = apply_plan(model, frozen_up_to(*stages), lr=0.1)
     images, _ = data(40).tensors
     pixels = []
