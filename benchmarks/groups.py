@@ -1,7 +1,8 @@
 """An optimizer's step: the plan's merged groups against one group a parameter, as layer decay is often written.
 
 ``python benchmarks/groups.py --model vit_base_patch16_224``. The same rates on both sides (preset ``llrd``, 0.75), for
-AdamW and SGD, each for-loop, foreach and fused.
+AdamW and SGD, each for-loop, foreach and fused, and RMSprop (``--model vgg16``), which has no fused step: for-loop,
+foreach and compiled by ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ from timing import alternate, show
 from freezeplan import apply_plan
 from freezeplan.zoo import create_model
 
-KINDS = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
-OPTIMIZERS = {"AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD}
+KINDS = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}, "compiled": {}}
+OPTIMIZERS = {
+    "AdamW": (torch.optim.AdamW, {}, ("for-loop", "foreach", "fused")),
+    "SGD": (torch.optim.SGD, {"momentum": 0.9}, ("for-loop", "foreach", "fused")),
+    "RMSprop": (torch.optim.RMSprop, {"alpha": 0.9, "eps": 1e-10}, ("for-loop", "foreach", "compiled")),
+}
 
 
 def make_step(name: str, optimizer: str, kind: str, *, merged: bool) -> Callable[[], object]:
@@ -31,11 +36,11 @@ def make_step(name: str, optimizer: str, kind: str, *, merged: bool) -> Callable
             for group in groups
             for parameter in group["params"]
         ]
-    more = {"momentum": 0.9} if optimizer == "SGD" else {}
-    made = OPTIMIZERS[optimizer](groups, **more, **KINDS[kind])
+    maker, more, _ = OPTIMIZERS[optimizer]
+    made = maker(groups, **more, **KINDS[kind])
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
-    return made.step
+    return torch.compile(made.step) if kind == "compiled" else made.step
 
 
 def main() -> None:
@@ -50,8 +55,9 @@ def main() -> None:
             f"{kind}, {'merged' if merged else 'one a parameter'}": make_step(
                 given.model, optimizer, kind, merged=merged
             )
-            for kind in KINDS
+            for kind in OPTIMIZERS[optimizer][2]
             for merged in (False, True)
+            if merged or kind != "compiled"  # a program of its own for each group
         }
         title = f"{optimizer}'s step: {given.model}, llrd, {torch.get_num_threads()} threads"
         show(title, alternate(ways, given.rounds), "for-loop, one a parameter", given.json)

@@ -21,30 +21,41 @@ from pathlib import Path
 import timm
 import timm.utils
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning
 from timing import alternate, show
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from freezeplan import applied, apply_plan
+from freezeplan import applied, apply_plan, resolve_plan
+from freezeplan.load import PlanLike
 
 
-def frozen_by(way: str, model: nn.Module) -> Iterable[nn.Parameter]:
-    """Freeze a model in one way; return what goes into the optimizer."""
-    head = list(model.get_classifier().parameters())
-    body = [part for part in model.children() if part is not model.get_classifier()]
+def frozen_by(way: str, model: nn.Module, plan: PlanLike = "linear_probe") -> Iterable[nn.Parameter]:
+    """Freeze in one way what a plan freezes; return what goes into the optimizer.
+
+    timm's and Lightning's ways freeze the modules at the top of the model that hold nothing trained.
+    """
+    names = {row.name for row in resolve_plan(plan, model).trained}
+    trained = [parameter for name, parameter in model.named_parameters() if name in names]
+    body = {name: part for name, part in model.named_children() if names.isdisjoint(below(name, part))}
     if way == "everything trained":
         return apply_plan(model, "full", lr=1e-3).trainable_parameters()
     if way.startswith("plan"):
-        return apply_plan(model, "linear_probe", lr=1e-3).trainable_parameters()
+        return apply_plan(model, plan, lr=1e-3).trainable_parameters()
     if way == "requires_grad=False":
-        for parameter in model.parameters():
-            parameter.requires_grad_(any(parameter is own for own in head))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
     elif way == "timm.utils.freeze":
-        timm.utils.freeze(model, [name for name, part in model.named_children() if any(part is own for own in body)])
+        timm.utils.freeze(model, list(body))
     elif way == "Lightning's freeze":
-        BaseFinetuning.freeze(body, train_bn=False)
-    return head
+        from lightning.pytorch.callbacks import BaseFinetuning
+
+        BaseFinetuning.freeze(list(body.values()), train_bn=False)
+    return trained
+
+
+def below(name: str, part: nn.Module) -> set[str]:
+    """Return the names of a child's parameters."""
+    return {f"{name}.{own}" for own, _ in part.named_parameters()}
 
 
 def make_step(name: str, way: str, batch: int, size: int, folder: str) -> Callable[[], None]:

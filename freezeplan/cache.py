@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
+import pickle
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -24,20 +26,19 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from freezeplan import guard, names, store, zoo
 from freezeplan.errors import ApplyError, FreezePlanError
-from freezeplan.prefix import Prefix
-from freezeplan.replay import capture, close
+from freezeplan.prefix import Prefix, close
+from freezeplan.replay import capture
 from freezeplan.resolution import Resolution
 from freezeplan.whole import flush, whole_file
 
 FeatureDtype = Literal["float32", "float16", "bfloat16"]
-SHARD_BYTES = 64 * 2**20
-"""Features of a shard, about."""
-SHARD_IMAGE_BYTES = 256 * 2**20
-"""Images of a shard, about: they are in memory until it is known whether their features are there."""
+SHARD_BYTES = 256 * 2**20
+"""Images of a shard, or its features where they are larger, about: both are in memory until they are written. Where
+they are not larger, phases and plans cut alike and find each other's shards."""
 _TOLERANCE = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 2e-2}
 
 
@@ -78,6 +79,13 @@ class Features(Dataset[Any]):
         return self._count
 
     def __getitem__(self, index: int) -> Any:
+        try:
+            index = operator.index(index)
+        except TypeError:
+            raise ApplyError(
+                f"an item is one image's, by its number; found a {type(index).__name__}",
+                notes=["features.batch([0, 1, 2]) gives several images' features in one tensor"],
+            ) from None
         if not -len(self) <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         row = self._row(index % len(self))
@@ -97,8 +105,13 @@ class Features(Dataset[Any]):
 
         Returns:
             (N, E), in memory.
+
+        Raises:
+            IndexError: If there is no such image, or no such view.
         """
         found = indices.tolist() if isinstance(indices, Tensor) else indices
+        if not all(0 <= index < self._count for index in found) or not 0 <= view < self.views:
+            raise IndexError(f"images {found} of {self._count}, view {view} of {self.views}")
         return torch.stack([self._features(view * self._count + index) for index in found])
 
     def _row(self, index: int) -> int:
@@ -108,8 +121,15 @@ class Features(Dataset[Any]):
     def _features(self, row: int) -> Tensor:
         number, at = divmod(row, self._rows)
         if number not in self._open:
-            with safe_open(self._shards[number], "pt") as file:
-                self._open[number] = file.get_tensor("features")
+            path = self._shards[number]
+            try:
+                with safe_open(path, "pt") as file:
+                    self._open[number] = file.get_tensor("features")
+            except (OSError, SafetensorError):
+                raise FreezePlanError(
+                    f"{path}: these features are gone or damaged since they were computed",
+                    notes=["applied.cached(...) again computes what is missing; freezeplan cache rm removes entries"],
+                ) from None
         return self._open[number][at]
 
     def _item(self, row: int, features: Tensor) -> Any:
@@ -151,6 +171,8 @@ class Boundary:
 
     prefix: Prefix
     folder: Path
+    about: Mapping[str, Any]
+    """What ``freezeplan cache ls`` says of them."""
 
 
 def fill(
@@ -166,11 +188,13 @@ def fill(
     workers: int,
     limit: int | None,
     progress: Callable[[int, int], None] | None,
+    earlier: Boundary | None = None,
 ) -> Features:
     """Compute what is not there yet, and return the features of the first boundary.
 
-    Every image is read once, to know whose features they are; the model runs on those of shards that are missing. What
-    another process is writing is left to it. ``AppliedPlan.cached`` says what the arguments are.
+    Every image is read once, to know whose features they are; the model runs on those of shards that are missing, or on
+    their features at an ``earlier`` boundary, where they are there. What another process is writing is left to it.
+    ``AppliedPlan.cached`` says what the other arguments are.
 
     Raises:
         FreezePlanError: If the features do not fit on the disk or under the limit, an image has another shape, or a
@@ -179,23 +203,30 @@ def fill(
     reader = _Reader(dataset, views, seed)
     first = boundaries[0].prefix
     bytes_of = [b.prefix.elements * getattr(torch, dtype).itemsize for b in boundaries]
-    most = max(1, min(SHARD_BYTES // max(bytes_of), SHARD_IMAGE_BYTES // first.image_bytes) // batch_size)
+    most = max(1, SHARD_BYTES // max(*bytes_of, first.image_bytes) // batch_size)
     rows = most * batch_size
     directory = boundaries[0].folder.parent
     if limit is not None:
         _check_limit(directory, len(reader) * sum(bytes_of), limit)
+    for boundary in boundaries:
+        store.begin(boundary.folder, boundary.about)
     targets: list[tuple[Any, ...] | None] = []
     shards: list[list[Path]] = [[] for _ in boundaries]
     waiting: list[tuple[int, Path]] = []
     computed, seconds = 0, 0.0
 
-    def write(batches: list[Tensor], missing: Sequence[tuple[int, Path]]) -> None:
+    def write(batches: Sequence[Tensor], missing: Sequence[tuple[int, Path]]) -> None:
         nonlocal computed, seconds
         store.check_room(directory, sum(bytes_of[at] for at, _ in missing) * sum(map(len, batches)), limit)
         started = time.perf_counter()
         prefixes = [boundaries[at].prefix for at, _ in missing]
-        parts = [capture(model, prefixes, batch.to(device)) for batch in batches]
-        for column, (_, path) in enumerate(missing):
+        given, ahead = batches, None
+        if earlier is not None and _whole(earlier.folder / missing[0][1].name, sum(map(len, batches)), earlier):
+            with safe_open(earlier.folder / missing[0][1].name, "pt") as file:
+                given, ahead = file.get_tensor("features").split(batch_size), earlier.prefix
+        parts = [capture(model, prefixes, batch.to(device), ahead) for batch in given]
+        for column, (at, path) in enumerate(missing):
+            store.begin(boundaries[at].folder, boundaries[at].about)  # removed meanwhile, perhaps
             _write(path, torch.cat([_stored(part[column], dtype) for part in parts]))
         computed += sum(map(len, batches))
         seconds += time.perf_counter() - started
@@ -258,30 +289,58 @@ def image_of(item: Any) -> Tensor:
     return image
 
 
+def check_arguments(dataset: Any, *, views: int, batch_size: int, dtype: str) -> None:
+    """Refuse what features cannot be kept of, or in.
+
+    Raises:
+        ApplyError: If the data set has no length or no index, is empty, or a number or the data type is no such one.
+    """
+    if isinstance(dataset, DataLoader):
+        raise ApplyError(
+            "features are kept of a data set, image by image; found a DataLoader",
+            notes=["applied.cached(loader.dataset, ...), and a DataLoader of what it gives"],
+        )
+    counted = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if not counted or isinstance(dataset, (IterableDataset, Tensor)):
+        raise ApplyError(
+            f"features are kept of a data set with len(dataset) and dataset[index]; found a {type(dataset).__name__}",
+            notes=["torch.utils.data.TensorDataset(images, labels) makes one of tensors"],
+        )
+    if dtype not in _TOLERANCE:
+        raise ApplyError(f"dtype is {', '.join(map(repr, _TOLERANCE))}, found {dtype!r}")
+    if views < 1 or batch_size < 1 or not len(dataset):
+        raise ApplyError(
+            f"features need at least one image, one view and one image a pass, found {len(dataset)}, {views} and "
+            f"{batch_size}"
+        )
+
+
 def check_fixed(dataset: Dataset[Any], views: int, seed: int) -> None:
-    """Refuse images that are not the same twice.
+    """Refuse images that are not the same each time.
+
+    Sixteen of them are read twice, from two random states. A transform that seldom acts shows too: reading its image
+    moves one of the global random states.
 
     Raises:
         ApplyError: If the data set augments at random and no views were asked for, or in a way that no seed reaches.
     """
     count = len(dataset)  # type: ignore[arg-type]
     for index in sorted({at * count // 16 for at in range(16)}):
-        if views == 1:
-            pair = [_seeded(dataset, index, chosen) for chosen in (1, 2)]
-            if not torch.equal(*map(image_of, pair)):
-                raise ApplyError(
-                    f"image {index} is not the same twice: the data set augments at random, and features are computed "
-                    "once",
-                    notes=["views=4 keeps four fixed augmented versions of each image; or take the augmentation out"],
-                )
-        else:
-            pair = [_seeded(dataset, index, seed) for _ in range(2)]
-            if not torch.equal(*map(image_of, pair)):
-                raise ApplyError(
-                    f"image {index} is not the same twice for the same seed: its augmentation draws from a random "
-                    "state of its own",
-                    notes=["let it draw from torch's, NumPy's or Python's global random state"],
-                )
+        seeds = (2 * index + 1, 2 * index + 2) if views == 1 else (seed + index, seed + index)
+        (one, drawn), (two, _) = (_seeded(dataset, index, chosen) for chosen in seeds)
+        same = _digest([image_of(one)]) == _digest([image_of(two)])
+        if views == 1 and (drawn or not same):
+            raise ApplyError(
+                f"image {index} is not the same each time: the data set augments at random, and features are computed "
+                "once",
+                notes=["views=4 keeps four fixed augmented versions of each image; or take the augmentation out"],
+            )
+        if not same:
+            raise ApplyError(
+                f"image {index} is not the same twice for the same seed: its augmentation draws from a random "
+                "state of its own",
+                notes=["let it draw from torch's, NumPy's or Python's global random state"],
+            )
 
 
 def first_images(dataset: Dataset[Any], views: int, seed: int) -> Tensor:
@@ -303,12 +362,19 @@ def _own_random_state() -> Iterator[None]:
             np.random.set_state(states[1])
 
 
-def _seeded(dataset: Dataset[Any], index: int, seed: int) -> Any:
+def _seeded(dataset: Dataset[Any], index: int, seed: int) -> tuple[Any, bool]:
+    """An item as it is drawn from a seed, and whether anything was drawn for it."""
     with _own_random_state():
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        return dataset[index]
+        before = _random_states()
+        item = dataset[index]
+        return item, _random_states() != before
+
+
+def _random_states() -> tuple[Any, ...]:
+    return random.getstate(), pickle.dumps(np.random.get_state()), torch.random.get_rng_state().numpy().tobytes()
 
 
 class _Reader(Dataset[Any]):
@@ -325,7 +391,7 @@ class _Reader(Dataset[Any]):
         if self.views == 1:
             return self.dataset[index]
         digest = hashlib.sha256(f"{self.seed} {view} {index}".encode()).digest()
-        return _seeded(self.dataset, index, int.from_bytes(digest[:7], "big"))
+        return _seeded(self.dataset, index, int.from_bytes(digest[:7], "big"))[0]
 
 
 class _Rows(Dataset[Any]):
@@ -383,8 +449,11 @@ def _stored(features: Tensor, dtype: FeatureDtype) -> Tensor:
 
 
 def _write(path: Path, features: Tensor) -> None:
-    with whole_file(path) as temporary:
-        save_file({"features": features.contiguous()}, temporary)
+    with store.explained(path.parent.parent), whole_file(path) as temporary:
+        try:
+            save_file({"features": features.contiguous()}, temporary)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         flush(temporary)
 
 
@@ -403,10 +472,11 @@ def _locked(paths: Sequence[Path], timeout: float = 0) -> Iterator[set[Path]]:
     try:
         for path in paths:
             lock = FileLock(f"{path}.lock")
-            try:
-                lock.acquire(timeout=timeout)
-            except Timeout:
-                continue
+            with store.explained(path.parent.parent):
+                try:
+                    lock.acquire(timeout=timeout)
+                except Timeout:  # which is an OSError
+                    continue
             held[path] = lock
         yield set(held)
     finally:

@@ -28,6 +28,8 @@ from freezeplan.sharded import is_sharded
 _ATTRIBUTE = "_freezeplan"
 _LIVE: weakref.WeakSet[AppliedPlan] = weakref.WeakSet()
 """Plans that were applied in this process and maybe undone since, those of copies too."""
+_Ahead = tuple[Resolution, Prefix]
+"""What is frozen in one phase, and what of a pass can be memoised then."""
 
 
 def resolve_plan(plan: PlanLike, model: nn.Module) -> Resolution:
@@ -194,7 +196,7 @@ class AppliedPlan:
         self._guarded = False
         self._seen: weakref.WeakKeyDictionary[torch.optim.Optimizer, steps.Seen] = weakref.WeakKeyDictionary()
         self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
-        self._memoised: tuple[Any, list[tuple[Resolution, Prefix]], replay.Rest] | None = None
+        self._memoised: tuple[Any, list[_Ahead], _Ahead | None, replay.Rest] | None = None
 
     @property
     def plan(self) -> Plan:
@@ -600,8 +602,10 @@ class AppliedPlan:
             the model itself can be evaluated on images at any time.
 
         Raises:
-            ApplyError: If nothing can be memoised, the images are not the same twice, or the comparison fails.
-            FreezePlanError: If the features do not fit, or an image has another shape than the first.
+            ApplyError: If an argument is none that is possible, nothing can be memoised, the images are not the same
+                each time, or the comparison fails.
+            FreezePlanError: If the features do not fit, the directory cannot be used, or an image has another shape
+                than the first.
 
         Examples:
             >>> import tempfile
@@ -618,11 +622,7 @@ class AppliedPlan:
             True
         """
         self._check_live()
-        if views < 1 or batch_size < 1 or not len(dataset):  # type: ignore[arg-type]
-            raise ApplyError(
-                f"features need at least one image, one view and one image a pass, found {len(dataset)}, "  # type: ignore[arg-type]
-                f"{views} and {batch_size}"
-            )
+        cache.check_arguments(dataset, views=views, batch_size=batch_size, dtype=dtype)
         home = next(self.model.parameters()).device
         there = home if device is None else torch.device(device)
         cache.check_fixed(dataset, views, seed)
@@ -631,23 +631,31 @@ class AppliedPlan:
             self.model.to(there)
             try:
                 sample = cache.first_images(dataset, views, seed).to(there)
-                parts, rest = self._proven(sample)
-                keys = {cache.key(self.model, part, ahead, dtype, there): (part, ahead) for part, ahead in parts}
-                for name, (part, ahead) in keys.items():
-                    store.begin(where / name, self._about(part, ahead, dtype))
-                found = [cache.Boundary(ahead, where / name) for name, (_, ahead) in keys.items()]
+                parts, before, rest = self._proven(sample)
+
+                def boundary(part: Resolution, ahead: Prefix) -> cache.Boundary:
+                    key = cache.key(self.model, part, ahead, dtype, there)
+                    return cache.Boundary(ahead, where / key, self._about(part, ahead, dtype))
+
+                found = list({one.folder: one for one in (boundary(*part) for part in parts)}.values())
+                # half the digits, run through more layers, are less than half the digits
+                earlier = boundary(*before) if before is not None and dtype == "float32" else None
                 self.model.train()
-                features = cache.fill(
-                    self.model, found, dataset, views=views, seed=seed, dtype=dtype, batch_size=batch_size,
-                    device=there, workers=workers, limit=limit, progress=progress,
-                )  # fmt: skip
+                with replay.channels_last(self.model, [one.prefix for one in found], sample):
+                    features = cache.fill(
+                        self.model, found, dataset, views=views, seed=seed, dtype=dtype, batch_size=batch_size,
+                        device=there, workers=workers, limit=limit, progress=progress, earlier=earlier,
+                    )  # fmt: skip
                 cache.check_stored(self.model, found[0].prefix, sample, features, dtype)
             finally:
                 self.model.to(home)
         return features, rest
 
-    def _proven(self, sample: torch.Tensor) -> tuple[list[tuple[Resolution, Prefix]], replay.Rest]:
-        """What can be memoised now, and in later phases as far as it is frozen until then; proved once a phase."""
+    def _proven(self, sample: torch.Tensor) -> tuple[list[_Ahead], _Ahead | None, replay.Rest]:
+        """What can be memoised now, and in later phases as far as it is frozen until then; proved once a phase.
+
+        And what could be in an earlier phase, if all of it is frozen now and those features lead to these.
+        """
         facts = (sample.shape, sample.dtype, sample.device)
         if self._memoised is not None and self._memoised[0] == facts:
             return self._memoised[1:]
@@ -658,23 +666,31 @@ class AppliedPlan:
             warnings.warn(now.advice, FreezePlanWarning, stacklevel=3)
         rest = replay.Rest(self.model, now)
         replay.prove(self.model, rest, now, sample)
-        later = self.resolution.parts[phases.phase_at(self.plan.phases, self._progress, self._epochs) + 1 :]
+        index = phases.phase_at(self.plan.phases, self._progress, self._epochs)
         found, live = [(self._part, now)], names.survey(self.model)
-        still = {row.name for row in self._part.frozen}
+        still = frozen = {row.name for row in self._part.frozen}
+        before: _Ahead | None = None
         try:
-            for part in later:
-                still &= {row.name for row in part.frozen}
+            for part in self.resolution.parts[index + 1 :]:
+                still = still & {row.name for row in part.frozen}
                 if {row.name for row in part.frozen} != still:
                     break  # what is trained until then and frozen again is not known yet
                 apply.enter(live, part)
                 ahead = self.prefix(sample)
                 if ahead.stored and not ahead.advice:
                     found.append((part, ahead))
+            for part in reversed(self.resolution.parts[:index]):
+                if {row.name for row in part.frozen} < frozen:
+                    apply.enter(live, part)
+                    before = part, self.prefix(sample)
+                    break
         finally:
-            if later:
+            if self.plan.phases:
                 apply.enter(live, self._part)
-        self._memoised = facts, found, rest
-        return found, rest
+        if before is not None and not replay.leads(self.model, before[1], [ahead for _, ahead in found], sample):
+            before = None
+        self._memoised = facts, found, before, rest
+        return found, before, rest
 
     def _about(self, part: Resolution, found: Prefix, dtype: str) -> dict[str, Any]:
         return {

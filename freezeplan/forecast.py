@@ -67,7 +67,9 @@ class Forecast:
     model: str
     plan: str
     phase: str
-    """That it holds in; empty without phases."""
+    """That it holds in, the first one; empty without phases."""
+    phases: int
+    """How many the plan has; 0 without."""
     parameters: int
     image_size: int
     batch_size: int
@@ -105,13 +107,16 @@ class Forecast:
             "model": self.model,
             "plan": self.plan,
             "phase": self.phase,
+            "phases": self.phases,
             "parameters": self.parameters,
             "image_size": self.image_size,
             "batch_size": self.batch_size,
             "costs": costs,
             "cache_bytes": self.prefix.bytes,
             "prefix_flops": self.prefix.flops,
+            "behind_flops": self.prefix.behind_flops,
             "advice": self.prefix.advice if self.prefix.stored else "",
+            "obstacle": self.prefix.obstacle,
             "ratio": self.ratio,
             "cached_ratio": self.cached_ratio,
         }
@@ -157,9 +162,17 @@ def forecast(create: Callable[[], nn.Module], plan: PlanLike, *, image_size: int
                 f"cannot run the model on images of {image_size} pixels without numbers: {error}",
                 notes=["--image-size, or a model whose code does not read values"],
             ) from error
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     return Forecast(
-        resolution.model, loaded.title, resolution.phase, parameters, image_size, batch_size, cost, full, found
+        model=resolution.model,
+        plan=loaded.title,
+        phase=resolution.phase,
+        phases=len(loaded.phases),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        image_size=image_size,
+        batch_size=batch_size,
+        cost=cost,
+        full=full,
+        prefix=found,
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -72,6 +73,7 @@ class Call:
         return tree_unflatten(leaves, self.structure)
 
 
+_BEHIND = "behind what is trained"
 _TENSOR = torch.Tensor
 """Stands among the constants where a tensor is."""
 
@@ -89,6 +91,9 @@ class Prefix:
     image_dtype: torch.dtype
     total_flops: int
     """Of the whole pass, for one image forward; a multiplication and an addition are two."""
+    behind_flops: int = 0
+    """Of the frozen calls behind what is trained, for one image forward. They run each step, and the gradient of their
+    inputs costs as much again."""
 
     @property
     def stored(self) -> tuple[Call, ...]:
@@ -116,6 +121,14 @@ class Prefix:
         return sum(call.flops for call in self.calls)
 
     @property
+    def obstacle(self) -> str:
+        """Why nothing can be kept; empty where something can."""
+        if self.stored:
+            return ""
+        found = (f"{name or 'the model'}: {why}" for name, why in self.reasons.items() if why != _BEHIND)
+        return next(found, "no frozen module runs ahead of what is trained")
+
+    @property
     def advice(self) -> str:
         """Why a cache is no good idea; empty where it is."""
         if self.bytes > self.image_bytes:
@@ -137,6 +150,11 @@ class Prefix:
             ]
             if self.advice:
                 lines.append(f"advice: {self.advice}")
+        if self.behind_flops:
+            lines.append(
+                f"frozen behind what is trained: {self.behind_flops:,} of {self.total_flops:,} forward FLOPs, run each "
+                "step, and as many backward for the gradient of their input"
+            )
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.reasons.items():
             by_reason.setdefault(reason, []).append(name)
@@ -149,8 +167,9 @@ class Prefix:
 def watch(model: nn.Module, sample: Tensor, random: Mapping[str, str]) -> Prefix:
     """Find what can be memoised by running the model on a sample. The model is left as it was.
 
-    Passes in train mode (a plan's pins keep what is frozen in eval), over two and over three images, and backward
-    passes that reach no parameter. Random states are the caller's again afterwards, and so are the buffers.
+    Passes in train mode (a plan's pins keep what is frozen in eval), over two images and over three, these two behind
+    another, and backward passes that reach no parameter. Random states are the caller's again afterwards, and so are
+    the buffers.
 
     Args:
         model: With a live plan.
@@ -165,7 +184,7 @@ def watch(model: nn.Module, sample: Tensor, random: Mapping[str, str]) -> Prefix
             f"a sample is a batch of at least two images, found the shape {tuple(sample.shape)}",
             notes=["applied.prefix(next(iter(loader))[0])"],
         )
-    pair, three = sample[:2], torch.cat([sample, sample[:1]])[:3]
+    pair, three = sample[:2], torch.cat([sample[-1:], sample[:2]])
     with undisturbed(model), torch.autocast(sample.device.type, enabled=False), torch.enable_grad():
         model.train()
         flops = FlopCounterMode(display=False)
@@ -186,7 +205,14 @@ def watch(model: nn.Module, sample: Tensor, random: Mapping[str, str]) -> Prefix
                 reasons[""] = "what is trained reads the image itself"
             else:
                 calls = tuple(_call(seen.records, kept, index, read, written) for index in kept)
-    return Prefix(calls, reasons, tuple(sample.shape[1:]), sample.dtype, flops.get_total_flops() // 2)
+    return Prefix(
+        calls,
+        reasons,
+        tuple(sample.shape[1:]),
+        sample.dtype,
+        total_flops=flops.get_total_flops() // 2,
+        behind_flops=sum(seen.records[index].flops for index in _behind(seen)) // 2,
+    )
 
 
 Around = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -264,6 +290,8 @@ class _Record:
     leaves: list[Any] = field(default_factory=list)
     structure: TreeSpec | None = None
     flops: int = 0
+    values: list[Tensor] = field(default_factory=list)
+    """Of the last two images, if the call may be memoised, before other calls change them in place."""
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -303,6 +331,8 @@ def _watched(model: nn.Module, sample: Tensor, random: Mapping[str, str], flops:
         why = _refusal(record, below[id(module)], frozen[id(module)])
         if why is not None:
             seen.refused[index] = why
+        elif not isinstance(sample, FakeTensor):
+            record.values = [_last_two(tensor, len(sample)).clone() for tensor in record.tensors]
         if moves[id(module)]:  # from here on autograd follows what is random
             marked = [_marked(leaf) for leaf in record.leaves]
             answer = tree_unflatten(marked, record.structure)
@@ -334,7 +364,7 @@ def _refusal(record: _Record, moves: str, frozen: bool) -> str | None:
     if not found:
         return ""
     if any(tensor.requires_grad for tensor in found):
-        return "behind what is trained" if frozen and not record.bare and not moves else moves if frozen else ""
+        return _BEHIND if frozen and not record.bare and not moves else moves if frozen else ""
     if moves:
         return moves
     for leaf in record.leaves:
@@ -357,7 +387,33 @@ def _varies(two: _Record, three: _Record) -> str:
         rows = a.shape[0] // 2 if a.ndim else 0
         if not rows or a.shape[0] != 2 * rows or b.shape[0] != 3 * rows or a.shape[1:] != b.shape[1:]:
             return f"no axis of images in its output: {tuple(a.shape)} for two, {tuple(b.shape)} for three"
+    for a, b in zip(two.values, three.values, strict=True):
+        if not close(a, b, 1e-3 if a.dtype.itemsize > 2 else 3e-2):  # other kernels for another number of images
+            return "its answer depends on the batch, or on chance"
     return ""
+
+
+def _last_two(tensor: Tensor, images: int) -> Tensor:
+    return tensor.detach()[-2 * (len(tensor) // images) :] if tensor.ndim else tensor.detach()
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
+    """Return whether two tensors are equal but for rounding: to ``tolerance`` times the largest number in the first."""
+    if a.shape != b.shape or not a.numel():
+        return a.shape == b.shape
+    a, b = a.detach().float(), b.detach().float()
+    scale = float(a.abs().nan_to_num(0.0, 0.0, 0.0).max())
+    return bool(torch.isclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True).all())
+
+
+def _behind(seen: _Seen) -> list[int]:
+    """The frozen calls behind what is trained, and in no other such call."""
+    behind = {index for index, why in seen.refused.items() if why == _BEHIND}
+    inside: set[int] = set()
+    for index, record in enumerate(seen.records):
+        if record.parent in inside or record.parent in behind:
+            inside.add(index)
+    return sorted(behind - inside)
 
 
 def _outermost(records: Sequence[_Record], excluded: Collection[int]) -> list[int]:

@@ -181,10 +181,11 @@ def print_forecast(found: Mapping[str, Any]) -> None:
         found: What ``Forecast.as_json`` returned.
     """
     console = stdout()
-    phase = f", phase {found['phase']}" if found["phase"] else ""
+    phase = f", phase {found['phase']} (the first of {found['phases']})" if found["phase"] else ""
     size, batch = found["image_size"], found["batch_size"]
     console.print(
-        Text(f"{found['plan']}{phase} on {found['model']}, {size} x {size} pixels, {batch} images a step", "bold")
+        Text(f"{found['plan']}{phase} on {found['model']}, {size} x {size} pixels, {batch} images a step", "bold"),
+        soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for title in ("", "this plan", "everything", "ratio"):
@@ -203,6 +204,12 @@ def print_forecast(found: Mapping[str, Any]) -> None:
     add("backward FLOPs an image", mine["backward_flops"], full["backward_flops"])
     console.print(table)
     console.print(f"a step takes {found['ratio']:.3g} of the arithmetic of training everything", soft_wrap=True)
+    if found["behind_flops"]:
+        console.print(
+            f"frozen behind what is trained: {found['behind_flops']:,} of {mine['forward_flops']:,} forward FLOPs an "
+            "image, and as many backward for the gradient of their input; no cache saves them",
+            soft_wrap=True,
+        )
     if found["cached_ratio"] is not None:
         console.print(
             f"on kept features of {found['cache_bytes']:,} bytes an image: {found['cached_ratio']:.2g} of it",
@@ -210,6 +217,8 @@ def print_forecast(found: Mapping[str, Any]) -> None:
         )
         if found["advice"]:
             console.print(f"advice: {found['advice']}", soft_wrap=True)
+    else:
+        console.print(Text(f"nothing can be kept: {found['obstacle']}"), soft_wrap=True)
 
 
 def print_entries(directory: Path, entries: Sequence[Entry]) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from freezeplan import names
 from freezeplan.errors import ApplyError
-from freezeplan.prefix import Call, Output, Prefix, intercepted, named, tensors, undisturbed
+from freezeplan.prefix import Call, Output, Prefix, close, intercepted, named, tensors, undisturbed
+from freezeplan.sharded import is_sharded
 
 
 class Rest(nn.Module):
@@ -36,8 +37,7 @@ class Rest(nn.Module):
         super().__init__()
         self.__dict__["_model"] = model  # not registered: its frozen parameters are not this module's
         self.__dict__["_prefix"] = prefix
-        memoised = {call.module for call in prefix.calls}
-        self.__dict__["_parts"] = {n: found for n, found in names.modules(model).items() if n in memoised}
+        self.__dict__["_parts"] = _parts(model, prefix)
         self.__dict__["_frozen"] = [p for found in self._parts.values() for m in found for p in m.parameters()]
         _adopt(self, model)
         self.training = model.training
@@ -49,25 +49,21 @@ class Rest(nn.Module):
             features: (N, E), as ``capture`` or a dataset of features gives them.
 
         Raises:
-            ApplyError: If a parameter of the memoised part is trained now.
+            ApplyError: If a parameter of the memoised part is trained now, or these are no features of it.
         """
+        elements = self._prefix.elements
+        if features.ndim != 2 or features.shape[1] != elements:
+            raise ApplyError(
+                f"features of this model have the shape (N, {elements}), found {tuple(features.shape)}",
+                notes=["images go to the model itself; after a new phase: applied.cached(...) again"],
+            )
         if any(parameter.requires_grad for parameter in self._frozen):
             raise ApplyError(
                 "what these features were computed with is trained now, so they are of no use",
                 notes=["after a new phase: features, rest = applied.cached(...) again"],
             )
-        answers = dict(_unpacked(self._prefix, features))
-        name = {id(module): n for n, found in self._parts.items() for module in found}
-        counts = dict.fromkeys(self._parts, 0)  # no Counter: torch.compile knows none
-
-        def around(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            key = (name[id(module)], counts[name[id(module)]])
-            counts[key[0]] += 1
-            return answers[key] if key in answers else forward(*args, **kwargs)
-
-        with intercepted([module for found in self._parts.values() for module in found], around):
-            prefix = self._prefix
-            return self._model(_nothing(features, (len(features), *prefix.image_shape), prefix.image_dtype))
+        with _answering(self._parts, self._prefix, features):
+            return self._model(_no_images(self._prefix, features))
 
     def train(self, mode: bool = True) -> Rest:
         """Set the mode of the whole model; what the plan holds in eval stays there."""
@@ -77,6 +73,27 @@ class Rest(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rest:
         self._model._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def _parts(model: nn.Module, prefix: Prefix) -> dict[str, list[nn.Module]]:
+    memoised = {call.module for call in prefix.calls}
+    return {name: found for name, found in names.modules(model).items() if name in memoised}
+
+
+def _answering(
+    parts: dict[str, list[nn.Module]], prefix: Prefix, features: Tensor
+) -> contextlib.AbstractContextManager[None]:
+    """Let memoised calls give what was kept of them."""
+    answers = dict(_unpacked(prefix, features))
+    name = {id(module): n for n, found in parts.items() for module in found}
+    counts = dict.fromkeys(parts, 0)  # no Counter: torch.compile knows none
+
+    def around(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        key = (name[id(module)], counts[name[id(module)]])
+        counts[key[0]] += 1
+        return answers[key] if key in answers else forward(*args, **kwargs)
+
+    return intercepted([module for found in parts.values() for module in found], around)
 
 
 def _adopt(target: nn.Module, source: nn.Module) -> None:
@@ -114,6 +131,10 @@ def _unpacked(prefix: Prefix, features: Tensor) -> Iterator[tuple[tuple[str, int
         yield (call.module, call.number), call.answer(found)
 
 
+def _no_images(prefix: Prefix, features: Tensor) -> Tensor:
+    return _nothing(features, (len(features), *prefix.image_shape), prefix.image_dtype)
+
+
 def _nothing(features: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.zeros((), dtype=dtype, device=features.device).expand(shape)
 
@@ -122,13 +143,14 @@ class _Enough(Exception):  # noqa: N818  # no error: the pass may end here
     """Everything that is kept has been seen."""
 
 
-def capture(model: nn.Module, prefixes: Sequence[Prefix], images: Tensor) -> list[Tensor]:
+def capture(model: nn.Module, prefixes: Sequence[Prefix], given: Tensor, earlier: Prefix | None = None) -> list[Tensor]:
     """Run a model on images up to the last output that is kept.
 
     Args:
         model: As it was watched. It is not changed.
         prefixes: What ``watch`` found; several, of several phases, cost one pass.
-        images: (N, C, H, W), on the model's device.
+        given: Images, (N, C, H, W), on the model's device; or features of them, (N, E), from which the pass goes on.
+        earlier: What was found on the model where these features were kept; all of it is memoised in ``prefixes`` too.
 
     Returns:
         For each prefix the features, (N, E), on that device.
@@ -136,14 +158,71 @@ def capture(model: nn.Module, prefixes: Sequence[Prefix], images: Tensor) -> lis
     found: list[dict[tuple[str, int], list[Tensor]]] = [{} for _ in prefixes]
     open_ = [len(prefix.stored) for prefix in prefixes]
     with contextlib.ExitStack() as stack:
+        if earlier is not None:
+            stack.enter_context(_answering(_parts(model, earlier), earlier, given))
         for at, prefix in enumerate(prefixes):
             stack.enter_context(_collecting(model, prefix, found[at], open_, at))
         with torch.no_grad(), contextlib.suppress(_Enough):
-            model(images)
+            model(given if earlier is None else _no_images(earlier, given))
     return [
         torch.cat([part for call in prefix.stored for part in seen[call.module, call.number]], 1)
         for prefix, seen in zip(prefixes, found, strict=True)
     ]
+
+
+def leads(model: nn.Module, earlier: Prefix, prefixes: Sequence[Prefix], images: Tensor) -> bool:
+    """Return whether the features that are kept for one prefix lead to those of others, without the images.
+
+    Args:
+        model: As it was watched last; it is in train mode afterwards.
+        earlier: What was found on it when less was frozen.
+        prefixes: What is found now.
+        images: Some, (N, C, H, W), to try it on.
+    """
+    if not earlier.stored:
+        return False
+    model.train()
+    try:
+        behind = capture(model, prefixes, capture(model, [earlier], images)[0], earlier)
+    except RuntimeError:  # a shape of features that were not kept
+        return False
+    return all(map(close, capture(model, prefixes, images), behind))
+
+
+@contextlib.contextmanager
+def channels_last(model: nn.Module, prefixes: Sequence[Prefix], sample: Tensor) -> Iterator[None]:
+    """Let the convolutions of memoised calls lie channels-last, which their kernels are faster on.
+
+    A model whose own code wants its axes as they were (``view`` after a convolution) is left as it is. Afterwards every
+    weight lies as before.
+
+    Args:
+        model: As it was watched.
+        prefixes: What ``watch`` found.
+        sample: Some images, (N, C, H, W), to try it on.
+    """
+    live = names.modules(model)
+    memoised = [module for prefix in prefixes for call in prefix.calls for module in live[call.module]]
+    before: dict[nn.Parameter, Tensor] = {}
+    for part in (part for module in memoised for part in module.modules()):
+        weight = part._parameters.get("weight") if isinstance(part, nn.modules.conv._ConvNd) else None
+        if weight is not None and weight.ndim == 4 and not weight.requires_grad and not is_sharded(weight):
+            before[weight] = weight.data
+
+    def restore() -> None:
+        for weight, value in before.items():
+            weight.data = value
+
+    try:
+        for weight, value in before.items():
+            weight.data = value.contiguous(memory_format=torch.channels_last)
+        try:
+            capture(model, prefixes, sample)
+        except RuntimeError:
+            restore()
+        yield
+    finally:
+        restore()
 
 
 def _collecting(
@@ -252,15 +331,6 @@ def _same(
         f"the pass over features differs from the plain one at {where}",
         notes=["this model cannot be trained on kept features; train it on images, with the same plan"],
     )
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
-    """Return whether two tensors are equal but for rounding: to ``tolerance`` times the largest number in the first."""
-    if a.shape != b.shape or not a.numel():
-        return a.shape == b.shape
-    a, b = a.detach().float(), b.detach().float()
-    scale = float(a.abs().nan_to_num(0.0, 0.0, 0.0).max())
-    return bool(torch.isclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True).all())
 
 
 def _first_difference(model: nn.Module, rest: Rest, prefix: Prefix, images: Tensor, features: Tensor) -> str:

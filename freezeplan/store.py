@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,22 @@ def default_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "freezeplan"
 
 
+@contextmanager
+def explained(directory: Path) -> Iterator[None]:
+    """Say what a failure of the file system means for the features.
+
+    Raises:
+        FreezePlanError: Instead of OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise FreezePlanError(
+            f"{directory}: features cannot be kept there: {error.strerror or error}",
+            notes=["another folder (directory=, or XDG_CACHE_HOME), or train without: freezeplan run --no-cache"],
+        ) from error
+
+
 def entries(directory: Path) -> tuple[Entry, ...]:
     """Return what a folder keeps, the last used first. What is not an entry is left out.
 
@@ -50,26 +67,53 @@ def entries(directory: Path) -> tuple[Entry, ...]:
         >>> entries(Path("no-such-folder"))
         ()
     """
-    found = [_entry(path.parent) for path in directory.glob(f"*/{ABOUT}")]
+    found = [entry for path in directory.glob(f"*/{ABOUT}") if (entry := _entry(path.parent)) is not None]
     return tuple(sorted(found, key=lambda entry: (-entry.used, entry.key)))
 
 
-def _entry(folder: Path) -> Entry:
-    files = [path.stat() for path in folder.iterdir() if path.is_file()]
-    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    used = (folder / ABOUT).stat().st_mtime
-    return Entry(folder.name, about, len(list(folder.glob(f"*{SUFFIX}"))), sum(f.st_size for f in files), used)
+def _entry(folder: Path) -> Entry | None:
+    """What a folder keeps; None where it is no entry, or no longer one: another process may remove it meanwhile."""
+    about = _about(folder)
+    if about is None:
+        return None
+    try:
+        files = {path.name: path.stat() for path in folder.iterdir()}
+    except OSError:
+        return None
+    if ABOUT not in files:
+        return None
+    shards = sum(name.endswith(SUFFIX) for name in files)
+    return Entry(folder.name, about, shards, sum(file.st_size for file in files.values()), files[ABOUT].st_mtime)
+
+
+def _about(folder: Path) -> dict[str, Any] | None:
+    """What an entry says of itself; None where it says nothing, or nonsense."""
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    texts = ("model", "plan", "dtype")
+    whole = isinstance(about, dict) and all(isinstance(about.get(key), str) for key in texts)
+    return about if whole and isinstance(about.get("memoised"), list) else None
 
 
 def begin(folder: Path, about: Mapping[str, Any]) -> None:
-    """Make an entry's folder, or note that it is used now."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / ABOUT).exists():
-        os.utime(folder / ABOUT)
-        return
-    temporary = folder / f"{ABOUT}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / ABOUT)
+    """Make an entry's folder, or note that it is used now.
+
+    Raises:
+        FreezePlanError: If the folder cannot be made or written to.
+    """
+    with explained(folder.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+        if _about(folder) is not None:
+            os.utime(folder / ABOUT)
+            return
+        temporary = folder / f"{ABOUT}.{os.getpid()}.tmp"
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(about, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / ABOUT)
 
 
 def used(directory: Path) -> int:
@@ -127,7 +171,12 @@ def remove(directory: Path, keys: Sequence[str]) -> int:
         found[fits[0].key] = fits[0]
     for name in found:  # a folder without its about.json is no entry: half removed is not half there
         gone = directory / f"{name}.{time.time_ns()}.removed"
-        (directory / name).rename(gone)
-        (gone / ABOUT).unlink()
-        shutil.rmtree(gone)
+        try:
+            (directory / name).rename(gone)
+            (gone / ABOUT).unlink()
+            shutil.rmtree(gone)
+        except FileNotFoundError:  # another process removes it
+            continue
+        except OSError as error:
+            raise FreezePlanError(f"{directory / name}: it cannot be removed: {error.strerror or error}") from error
     return sum(entry.bytes for entry in found.values())

@@ -12,15 +12,21 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from PIL import Image
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torchvision import transforms
 from typer.testing import CliRunner
 
 from freezeplan import FreezePlanError, FreezePlanWarning, apply_plan, cache, store
 from freezeplan.cli import app
 from freezeplan.errors import ApplyError
+from freezeplan.replay import capture
 from freezeplan.zoo import create_model
 
 EVERYTHING = {"match": ".*", "lr_mult": 1}
@@ -39,7 +45,7 @@ def live():
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(cache, "SHARD_IMAGE_BYTES", 4 * 64 * 64 * 3 * 4)
+    monkeypatch.setattr(cache, "SHARD_BYTES", 4 * 64 * 64 * 3 * 4)
 
 
 def test_features_are_the_models_answers_so_far(live, tmp_path):
@@ -157,21 +163,78 @@ class Augmented(Dataset):
         return self.images[index] + noise, self.labels[index]
 
 
-def test_random_augmentation_is_refused(live, tmp_path):
-    """Without views, and where no seed reaches it."""
-    with pytest.raises(ApplyError) as one:
-        live.cached(Augmented("torch"), tmp_path)
-    with pytest.raises(ApplyError) as own:
-        live.cached(Augmented("own"), tmp_path, views=2)
+class Transformed(Dataset):
+    """Images with a transform; the first of them has a number that equals nothing."""
 
-    assert str(one.value) == (
-        "image 0 is not the same twice: the data set augments at random, and features are computed once\n"
+    def __init__(self, transform):
+        self.images, self.labels = data().tensors
+        self.images[0, 0, 0, 0] = float("nan")
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.transform(self.images[index]), self.labels[index]
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        transforms.RandomHorizontalFlip(),
+        transforms.RandomVerticalFlip(),
+        transforms.RandomErasing(0.25),
+        transforms.RandomGrayscale(0.1),
+        transforms.RandomApply([transforms.GaussianBlur(3)], 0.5),
+        transforms.RandomHorizontalFlip(0.01),
+        lambda image: image.flip(2) if random.random() < 0.01 else image,
+        lambda image: image.flip(2) if np.random.rand() < 0.01 else image,
+    ],
+    ids=["flip", "vertical", "erasing", "grey", "apply", "seldom", "seldom-python", "seldom-numpy"],
+)
+def test_random_augmentation_is_refused(live, tmp_path, transform):
+    """Also where it acts on none of the images that are looked at; random states stay the caller's."""
+    states = torch.random.get_rng_state(), random.getstate()
+    with pytest.raises(ApplyError) as error:
+        live.cached(Transformed(transform), tmp_path)
+
+    assert str(error.value) == (
+        "image 0 is not the same each time: the data set augments at random, and features are computed once\n"
         "  views=4 keeps four fixed augmented versions of each image; or take the augmentation out"
     )
-    assert str(own.value) == (
-        "image 0 is not the same twice for the same seed: its augmentation draws from a random state of its own\n"
-        "  let it draw from torch's, NumPy's or Python's global random state"
-    )
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(torch.random.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+
+
+def test_a_fixed_transform_is_no_augmentation(tmp_path):
+    """Resizing and cropping draw nothing, and a number that equals nothing, not even itself, is the same each time."""
+    fixed = transforms.Compose([transforms.Resize(72), transforms.CenterCrop(64)])
+    cache.check_fixed(Transformed(fixed), 1, 0)
+    cache.check_fixed(Transformed(transforms.RandomErasing(0.25)), 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("views", "message"),
+    [
+        (
+            1,
+            "image 0 is not the same each time: the data set augments at random, and features are computed once\n"
+            "  views=4 keeps four fixed augmented versions of each image; or take the augmentation out",
+        ),
+        (
+            2,
+            "image 0 is not the same twice for the same seed: its augmentation draws from a random state of its own\n"
+            "  let it draw from torch's, NumPy's or Python's global random state",
+        ),
+    ],
+)
+def test_augmentation_that_no_seed_reaches_is_refused(live, tmp_path, views, message):
+    """Drawn from a random state of its own, without views and with them."""
+    with pytest.raises(ApplyError) as error:
+        live.cached(Augmented("own"), tmp_path, views=views)
+
+    assert str(error.value) == message
     assert not list(tmp_path.iterdir())
 
 
@@ -258,6 +321,106 @@ def test_what_is_no_image_is_named(live, tmp_path):
     assert str(empty.value) == "features need at least one image, one view and one image a pass, found 0, 1 and 32"
 
 
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(data())
+
+
+TENSORS = "\n  torch.utils.data.TensorDataset(images, labels) makes one of tensors"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "arguments", "message"),
+    [
+        (
+            DataLoader(data()),
+            {},
+            "features are kept of a data set, image by image; found a DataLoader\n"
+            "  applied.cached(loader.dataset, ...), and a DataLoader of what it gives",
+        ),
+        (
+            Stream(),
+            {},
+            f"features are kept of a data set with len(dataset) and dataset[index]; found a Stream{TENSORS}",
+        ),
+        (
+            data().tensors[0],
+            {},
+            f"features are kept of a data set with len(dataset) and dataset[index]; found a Tensor{TENSORS}",
+        ),
+        (data(), {"dtype": "int8"}, "dtype is 'float32', 'float16', 'bfloat16', found 'int8'"),
+        (data(), {"views": 0}, "features need at least one image, one view and one image a pass, found 10, 0 and 32"),
+    ],
+    ids=["loader", "stream", "tensor", "dtype", "views"],
+)
+def test_arguments_that_are_none_are_refused(live, tmp_path, dataset, arguments, message):
+    """One error each, before anything is computed."""
+    with pytest.raises(ApplyError) as error:
+        live.cached(dataset, tmp_path, **arguments)
+
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("index", [slice(3), torch.tensor([0, 1]), [0, 1]], ids=["slice", "tensor", "list"])
+def test_an_item_is_one_images(live, tmp_path, index):
+    """Any integer names it, a batch has another method."""
+    features, _ = live.cached(data(), tmp_path)
+    with pytest.raises(ApplyError) as error:
+        features[index]
+    messages = []
+    for indices, view in (([10], 0), ([-1], 0), ([0], 1)):
+        with pytest.raises(IndexError) as beyond:
+            features.batch(indices, view)
+        messages.append(str(beyond.value))
+
+    assert str(error.value) == (
+        f"an item is one image's, by its number; found a {type(index).__name__}\n"
+        "  features.batch([0, 1, 2]) gives several images' features in one tensor"
+    )
+    assert messages == [
+        "images [10] of 10, view 0 of 1",
+        "images [-1] of 10, view 0 of 1",
+        "images [0] of 10, view 1 of 1",
+    ]
+    assert torch.equal(features[torch.tensor(1)][0], features[np.int64(1)][0])
+    assert torch.equal(features[-9][0], features[1][0])
+
+
+class Files(Dataset):
+    """Images in files, as ``ImageFolder`` reads them."""
+
+    def __init__(self, folder):
+        self.files = sorted(folder.glob("*.png"))
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        return transforms.functional.to_tensor(Image.open(self.files[index])), index
+
+
+def test_one_changed_file_costs_its_shard(live, tmp_path):
+    """Of twelve in three shards; a name or a date of change decides nothing."""
+    (tmp_path / "images").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(12):
+        pixels = generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number:02}.png")
+    before, _ = live.cached(Files(tmp_path / "images"), tmp_path / "cache", batch_size=4)
+    changed = tmp_path / "images" / "05.png"
+    pixels = np.array(Image.open(changed))
+    pixels[0, 0, 0] ^= 1
+    Image.fromarray(pixels).save(changed)
+    (tmp_path / "images" / "11.png").touch()
+    (tmp_path / "images" / "00.png").rename(tmp_path / "images" / "000.png")
+    after, rest = live.cached(Files(tmp_path / "images"), tmp_path / "cache", batch_size=4)
+    images = torch.stack([image for image, _ in Files(tmp_path / "images")])
+
+    assert (before.computed, after.computed) == (12, 4)
+    assert torch.equal(before.batch(range(4)), after.batch(range(4)))
+    assert torch.allclose(rest.eval()(after.batch(range(12))), live.model(images), atol=1e-5)
+
+
 def test_a_plan_without_a_prefix_is_refused(tmp_path):
     """Nothing is kept where all is trained; little is kept with a warning."""
     live = apply_plan(create_model("test_resnet", num_classes=3), "full")
@@ -302,6 +465,55 @@ def test_phases_find_their_features(tmp_path):
     ]
 
 
+def frozen_up_to(*stages):
+    """A plan whose phases freeze these stages, an epoch each, and train the rest."""
+    phases = [
+        {"name": f"up to {stage}", "until": number + 1, "rules": [{"stage": f"..{stage}", "frozen": True}]}
+        for number, stage in enumerate(stages)
+    ]
+    del phases[-1]["until"]
+    return {"version": 1, "phases": phases, "rules": [EVERYTHING]}
+
+
+@pytest.mark.parametrize(
+    ("stages", "from_pixels"),
+    [
+        pytest.param((4, 3, 2), [True, False, False], id="thawed"),
+        pytest.param((2, 3, 4), [True, False, False], id="frozen"),
+        pytest.param((3, 4, 2), [True, True, False], id="frozen-and-thawed"),
+    ],
+)
+def test_three_phases_run_the_first_layers_once(tmp_path, monkeypatch, stages, from_pixels):
+    """Thawing: what later phases need is kept in the first pass. Freezing: old features go through what is frozen now.
+
+    Where a later phase needs features from further ahead than the old ones are, all are computed from pixels again.
+    """
+    torch.manual_seed(0)
+    model = create_model("test_convnext", num_classes=3)
+    live = apply_plan(model, frozen_up_to(*stages), lr=0.1)
+    images, _ = data(40).tensors
+    pixels = []
+
+    def counting(model, prefixes, given, earlier=None):
+        pixels[-1] += len(given) if earlier is None else 0
+        return capture(model, prefixes, given, earlier)
+
+    monkeypatch.setattr(cache, "capture", counting)
+    for epoch in range(3):
+        live.step(epoch=epoch)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01 if parameter.requires_grad else 1)
+        pixels.append(0)
+        features, rest = live.cached(data(40), tmp_path, batch_size=4)
+        again, _ = live.cached(data(40), tmp_path, batch_size=4)
+
+        assert again.computed == 0
+        assert torch.allclose(rest.eval()(features.batch(range(40))), model(images), rtol=1e-4, atol=1e-4)
+
+    assert pixels == [3 + 3 + 40 * anew for anew in from_pixels]  # each call compares three images with what is kept
+
+
 def test_caching_changes_nothing(live, tmp_path):
     """Weights, buffers, modes, random state."""
     live.model.eval()
@@ -314,6 +526,55 @@ def test_caching_changes_nothing(live, tmp_path):
     assert all(torch.equal(before[name], value) for name, value in live.model.state_dict().items())
     assert not any(module.training for module in live.model.modules())
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_features_are_computed_channels_last(live, tmp_path):
+    """The convolutions lie so only meanwhile, and the features are those of the plain pass."""
+    weights = [module.weight for module in live.model.modules() if isinstance(module, torch.nn.Conv2d)]
+    before = [(weight.stride(), weight.data_ptr(), weight.detach().clone()) for weight in weights]
+    plain = capture(live.model.train(), [live.prefix(data().tensors[0])], data().tensors[0])[0]
+    seen = []
+
+    def progress(*_):
+        seen.append([weight.is_contiguous(memory_format=torch.channels_last) for weight in weights])
+
+    features, _ = live.cached(data(), tmp_path, progress=progress)
+
+    assert seen
+    assert all(map(all, seen))
+    assert not all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    for weight, (strides, place, value) in zip(weights, before, strict=True):
+        assert (weight.stride(), weight.data_ptr()) == (strides, place)
+        assert torch.equal(weight, value)
+    assert torch.allclose(features.batch(range(10)), plain, rtol=1e-5, atol=1e-5)
+
+
+class Viewing(torch.nn.Module):
+    """Code that wants the axes of a convolution's answer one behind the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 16, 16), Flat())
+        self.head = torch.nn.Linear(64, 3)
+
+    def forward(self, x):
+        return self.head(self.part(x))
+
+
+class Flat(torch.nn.Module):
+    def forward(self, x):
+        return x.view(len(x), -1)
+
+
+def test_a_model_that_takes_no_channels_last_is_left_as_it_is(tmp_path):
+    """Tried on the first images."""
+    plan = {"version": 1, "rules": [{"match": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}]}
+    model = Viewing()
+    features, rest = apply_plan(model, plan).cached(data(), tmp_path)
+
+    assert torch.equal(rest(features.batch(range(10))), model(data().tensors[0]))
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        model.to(memory_format=torch.channels_last)(data().tensors[0])
 
 
 def test_list_and_remove(live, tmp_path):
@@ -339,6 +600,105 @@ def test_list_and_remove(live, tmp_path):
     assert "no features are kept" in runner.invoke(app, ["cache", "ls", "--dir", str(tmp_path)]).stdout
 
 
+@pytest.mark.parametrize("below", ["", "/below"])
+def test_a_folder_that_cannot_be_used_is_named(live, tmp_path, below):
+    """A file where the folder, or one above it, would be."""
+    (tmp_path / "file").write_text("")
+    where = Path(f"{tmp_path}/file{below}")
+    with pytest.raises(FreezePlanError) as error:
+        live.cached(data(), where)
+    listed = CliRunner().invoke(app, ["cache", "ls", "--dir", str(where)])
+
+    assert str(error.value) == (
+        f"{where}: features cannot be kept there: Not a directory\n"
+        "  another folder (directory=, or XDG_CACHE_HOME), or train without: freezeplan run --no-cache"
+    )
+    assert (listed.exit_code, store.entries(where)) == (0, ())
+
+
+@pytest.mark.parametrize("about", ["", "{}", "[]", "{", '{"model": 1}', "\udcff"])
+def test_what_an_entry_says_of_itself_may_be_damaged(live, tmp_path, about):
+    """It is left out of the list, its shards are used, and it is written anew."""
+    live.cached(data(), tmp_path)
+    file = next(tmp_path.glob("*/about.json"))
+    whole = file.read_text()
+    file.write_bytes(about.encode(errors="surrogateescape"))
+    listed = CliRunner().invoke(app, ["cache", "ls", "--dir", str(tmp_path)])
+    empty = store.entries(tmp_path)
+    features, _ = live.cached(data(), tmp_path)
+
+    assert (listed.exit_code, empty, features.computed) == (0, (), 0)
+    assert file.read_text() == whole
+    assert len(store.entries(tmp_path)) == 1
+
+
+def test_an_entry_may_go_while_it_is_written(live, tmp_path):
+    """As by ``freezeplan cache rm`` in another process: what comes after is kept, and listed."""
+    gone = []
+
+    def progress(done, rows):
+        if not gone:
+            gone.append(store.remove(tmp_path, [entry.key for entry in store.entries(tmp_path)]))
+
+    with pytest.raises(FreezePlanError) as error:
+        live.cached(data(), tmp_path, batch_size=4, progress=progress)
+
+    assert gone[0] > 0
+    assert [entry.shards for entry in store.entries(tmp_path)] == [2]
+    assert re.fullmatch(
+        rf"{tmp_path}/\w+/\w+\.safetensors: these features are gone or damaged since they were computed\n"
+        r"  applied\.cached\(\.\.\.\) again computes what is missing; freezeplan cache rm removes entries",
+        str(error.value),
+    )
+    again, _ = live.cached(data(), tmp_path, batch_size=4)
+    assert again.computed == 4
+
+
+def test_a_full_disk_is_an_error_of_the_folder(live, tmp_path, monkeypatch):
+    """Told by the library that writes the file, in words of its own."""
+
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(cache, "save_file", full)
+    with pytest.raises(FreezePlanError) as error:
+        live.cached(data(), tmp_path)
+
+    assert str(error.value).startswith(f"{tmp_path}: features cannot be kept there: No space left on device\n")
+
+
+def test_what_cannot_be_removed_is_named(live, tmp_path, monkeypatch):
+    """An entry that another process removes at the same time is no error, one that the system protects is."""
+    live.cached(data(), tmp_path)
+    (entry,) = store.entries(tmp_path)
+
+    def raising(error):
+        def rename(*_):
+            raise error
+
+        monkeypatch.setattr(Path, "rename", rename)
+
+    raising(PermissionError(13, "Permission denied"))
+    with pytest.raises(FreezePlanError) as error:
+        store.remove(tmp_path, [entry.key])
+    raising(FileNotFoundError(2, "No such file or directory"))
+
+    assert str(error.value) == f"{tmp_path / entry.key}: it cannot be removed: Permission denied"
+    assert store.remove(tmp_path, [entry.key]) == entry.bytes
+
+
+def test_what_killed_processes_left_goes_with_the_next_write(live, tmp_path):
+    """Files under a temporary name have the process's number; the one who writes the shard takes them away."""
+    live.cached(data(), tmp_path)
+    shard = max(tmp_path.glob("*/*.safetensors"))
+    shard.with_suffix(".1.tmp").write_bytes(b"half")
+    shard.unlink()
+    live.cached(data(), tmp_path)
+
+    assert shard.exists()
+    assert not list(tmp_path.glob("*/*.tmp"))
+
+
 WORK = """
     import sys, torch
     from freezeplan import apply_plan, cache
@@ -346,7 +706,7 @@ WORK = """
     from torch.utils.data import TensorDataset
 
     def work(where):
-        cache.SHARD_IMAGE_BYTES = 4 * 64 * 64 * 3 * 4
+        cache.SHARD_BYTES = 4 * 64 * 64 * 3 * 4
         torch.manual_seed(0)
         torch.set_num_threads(1)
         model = create_model("resnet18", num_classes=3)

@@ -91,6 +91,43 @@ def test_the_command(tmp_path):
     assert found == json.loads(json.dumps(found))
 
 
+def test_what_is_frozen_behind_something_trained_is_said():
+    """`surgical_first` trains the first stage: what is behind it runs, and only its weights' gradients are saved."""
+    arguments = ["surgical_first", "test_resnet", "--image-size", "64", "--batch-size", "2"]
+    runner = CliRunner()
+    text = runner.invoke(app, ["forecast", *arguments]).stdout
+    found = json.loads(runner.invoke(app, ["forecast", *arguments, "--json"]).stdout)
+    forward = found["costs"]["plan"]["forward_flops"]
+    plan, full = (found["costs"][which]["backward_flops"] for which in ("plan", "full"))
+
+    assert found["behind_flops"] == full - plan > 0
+    assert (
+        f"frozen behind what is trained: {found['behind_flops']:,} of {forward:,} forward FLOPs an image, and as many "
+        "backward for the gradient of their input; no cache saves them\n"
+    ) in text
+
+
+@pytest.mark.parametrize(
+    ("plan", "begins", "ends"),
+    [
+        ("bitfit", "bitfit on test_vit,", "nothing can be kept: no frozen module runs ahead of what is trained\n"),
+        (
+            "surgical_first",
+            "surgical_first on",
+            "nothing can be kept: no frozen module runs ahead of what is trained\n",
+        ),
+        ("gradual_unfreeze", "gradual_unfreeze, phase head (the first of 5) on test_vit,", " of it\n"),
+    ],
+)
+def test_what_a_forecast_is_about_is_said(plan, begins, ends):
+    """The phase, of a plan that has several, and why there is nothing to keep."""
+    arguments = ["forecast", plan, "test_vit", "--image-size", "160", "--batch-size", "2"]
+    text = CliRunner().invoke(app, arguments).stdout
+
+    assert text.startswith(begins)
+    assert text.endswith(ends)
+
+
 def test_what_cannot_be_run_is_said():
     """Images of a size that the model does not take, and code that reads values."""
 

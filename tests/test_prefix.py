@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from freezeplan import apply_plan
 from freezeplan.errors import ApplyError
@@ -61,6 +63,29 @@ def test_bytes_and_flops_are_those_of_the_layers():
     assert prefix.image_bytes == 3 * 64 * 64 * 4
     assert (prefix.flops, prefix.total_flops) == (first + second, first + second + linear)
     assert "advice: the features are larger than the images" in str(prefix)
+
+
+def test_what_is_frozen_behind_something_trained_has_a_cost():
+    """Three convolutions, the middle one trained: the last one runs each step, forward and for its input's gradient."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU()),
+    )  # fmt: skip
+    rules = [{"match": "1", "lr_mult": 1}, {"match": ".*", "frozen": True}]
+    prefix = apply_plan(model, {"version": 1, "rules": rules}).prefix(IMAGES)
+    first, second, third = 2 * 64 * 64 * 4 * 27, 2 * 64 * 64 * 4 * 4, 2 * 64 * 64 * 8 * 36
+    counted = FlopCounterMode(display=False)
+    answer = model(IMAGES)
+    with counted:
+        answer.sum().backward()
+
+    assert (prefix.flops, prefix.behind_flops) == (first, third)
+    assert prefix.total_flops == first + second + third
+    assert counted.get_total_flops() == 2 * (second + third)  # of two images: the trained weights', the third's input
+    assert str(prefix).splitlines()[-2:] == [
+        f"frozen behind what is trained: {third:,} of {first + second + third:,} forward FLOPs, run each step, and as "
+        "many backward for the gradient of their input",
+        "not memoised: 2: behind what is trained",
+    ]
 
 
 def test_watching_changes_nothing():
@@ -139,6 +164,116 @@ def test_batch_norm_in_train_is_named():
 def test_nothing_to_memoise_is_said():
     """Where all is trained."""
     assert str(found("test_resnet", "full")) == "nothing ahead of what is trained can be memoised"
+
+
+class Own(nn.Module):
+    """A frozen convolution, something done to its answer by the module's own code, and a head."""
+
+    def __init__(self, code):
+        super().__init__()
+        self.part, self.head = Coded(code), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(self.part(x).mean((2, 3)))
+
+
+class Coded(nn.Module):
+    def __init__(self, code):
+        super().__init__()
+        self.conv, self.code = nn.Conv2d(3, 3, 1), code
+
+    def forward(self, x):
+        return self.code(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        lambda y: y - y.mean(0),
+        lambda y: y - y[:1],
+        lambda y: y / len(y),
+        lambda y: F.batch_norm(y, None, None, training=True),
+        lambda y: F.dropout(y, 0.5, True),
+    ],
+    ids=["batch-mean", "first-image", "number-of-images", "batch-norm", "dropout"],
+)
+def test_what_code_of_a_module_does_with_the_batch_is_seen(code):
+    """No class and no gradient shows it; two images alone and behind another one do."""
+    rules = [{"match": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}]
+    prefix = apply_plan(Own(code), {"version": 1, "rules": rules}).prefix(IMAGES)
+
+    assert [call.module for call in prefix.stored] == ["part.conv"]
+    assert prefix.reasons == {"part": "its answer depends on the batch, or on chance"}
+
+
+class Box:
+    """No number and no tensor."""
+
+
+@pytest.mark.parametrize(
+    ("code", "use", "reason"),
+    [
+        (lambda y: (y, Box()), lambda y: y[0], "it gives a Box, which cannot be kept"),
+        (lambda y: y.mean(0), lambda y: y[None], "no axis of images in its output: (3, 64, 64) for two, (3, 64, 64) "
+         "for three"),
+        (lambda y: [y] * len(y), lambda y: y[0], "its answer has another structure for another number of images"),
+    ],
+    ids=["kind", "axis", "structure"],
+)  # fmt: skip
+def test_answers_that_cannot_be_kept_are_named(code, use, reason):
+    """The module that gives them runs, what is below it is kept."""
+
+    class Using(Own):
+        def forward(self, x):
+            return self.head(use(self.part(x)).mean((2, 3)))
+
+    rules = [{"match": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}]
+    prefix = apply_plan(Using(code), {"version": 1, "rules": rules}).prefix(IMAGES)
+
+    assert [call.module for call in prefix.stored] == ["part.conv"]
+    assert prefix.reasons == {"part": reason}
+
+
+def test_what_changes_in_place_what_is_read_runs():
+    """Its argument is kept as it was before."""
+
+    class Doubling(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x.mul_(2))
+
+    class Using(Own):
+        def __init__(self):
+            super().__init__(lambda y: y)
+            self.late = Doubling(3, 3, 1)
+
+        def forward(self, x):
+            y = self.part(x)
+            return self.head((self.late(y) + y).mean((2, 3)))
+
+    rules = [{"match": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}]
+    prefix = apply_plan(Using(), {"version": 1, "rules": rules}).prefix(IMAGES)
+
+    assert [call.module for call in prefix.stored] == ["part"]
+    assert prefix.reasons == {"late": "it changes in place what the rest of the pass reads"}
+
+
+def test_a_model_whose_trained_part_reads_the_image_keeps_nothing():
+    """A path around the frozen part."""
+
+    class Around(Own):
+        def forward(self, x):
+            return self.head((self.part(x) + x).mean((2, 3)))
+
+    rules = [{"match": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}]
+    prefix = apply_plan(Around(lambda y: y), {"version": 1, "rules": rules}).prefix(IMAGES)
+
+    assert prefix.calls == ()
+    assert prefix.reasons == {"": "what is trained reads the image itself"}
+    assert prefix.obstacle == "the model: what is trained reads the image itself"
+    assert str(prefix).splitlines() == [
+        "nothing ahead of what is trained can be memoised",
+        "not memoised: the model: what is trained reads the image itself",
+    ]
 
 
 class Fickle(nn.Module):
