@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,22 +21,17 @@ from PIL import Image
 from freezeplan.errors import DataError, OutputError
 from freezeplan.experiment.arms import Outcome, load_arms
 from freezeplan.experiment.command import report, voc_vgg16
-from freezeplan.experiment.report import read_results, repeat, to_html, write_report
+from freezeplan.experiment.report import PHOTOS, gallery, repeat, to_html, write_report
 from freezeplan.experiment.results import summarise
-from freezeplan.experiment.statistics import (
-    class_errors,
-    confusion,
-    error_spread,
-    merge,
-    mistakes,
-    paired,
-)
+from freezeplan.experiment.results_file import NOTE, read_results
+from freezeplan.experiment.statistics import class_errors, confusion, merge, mistakes
 from freezeplan.experiment.train import Epoch, Measured, Run, Settings
 from freezeplan.experiment.voc import VocData
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 SETTINGS = Settings(epochs=2, batch_size=8, image_size=32)
 LABELS = (0, 0, 1, 1, 2, 2)
+ASKED = {"data": "pets.tar", "download": False, "weights": "random", "plans": [], "processes": 1}
 
 
 def run(seed: int, predicted: tuple[int, ...]) -> Run:
@@ -47,7 +44,7 @@ def results(runs: Mapping[str, tuple[Run, ...]], classes: tuple[str, ...] = ("ca
     val = tuple((f"JPEGImages/{row}.jpg", label) for row, label in enumerate(LABELS))
     outcome = Outcome(load_arms(list(runs)), runs, train_images=10, val_images=6, skipped=(), val=val)
     data = VocData("pets", classes, (), (), None)  # type: ignore[arg-type]
-    return summarise(outcome, data, SETTINGS, model="test_resnet", weights="random", sample=False)
+    return summarise(outcome, data, SETTINGS, model="test_resnet", weights="random", sample=False, asked=ASKED)
 
 
 RESULTS = {
@@ -56,41 +53,42 @@ RESULTS = {
 }
 
 
-def test_spreads_and_differences() -> None:
-    found = results(RESULTS)
-
-    first = error_spread(found, "scratch")
-    assert first is not None
-    assert (first.mean, first.deviation) == (pytest.approx((4 / 6 + 3 / 6) / 2), pytest.approx(1 / 6 / 2**0.5))
-    assert error_spread(found, "scratch", "top5_error") is None
-    difference = paired(found, "same_lr", "scratch")
-    assert difference is not None
-    assert (difference.mean, difference.deviation) == (pytest.approx(-0.5), pytest.approx(0))
-    assert (
-        paired(results({"scratch": RESULTS["scratch"][:1], "same_lr": RESULTS["same_lr"][1:]}), "same_lr", "scratch")
-        is None
-    )
-
-
 def test_classes_and_mistakes() -> None:
     found = results(RESULTS)
 
     assert confusion(found, "scratch") == [[1, 3, 0], [2, 2, 0], [2, 0, 2]]
     assert class_errors(found, "scratch") == {"cat": 0.75, "dog": 0.5, "owl": 0.5}
-    wrong = mistakes(found, "scratch", limit=2)
-    assert [(one.file, one.label, one.predicted, one.right) for one in wrong] == [
+    wrong = mistakes(found, "scratch")
+    assert len(wrong) == 3
+    assert [(one.file, one.label, one.predicted, one.right) for one in wrong[:2]] == [
         ("JPEGImages/0.jpg", "cat", "dog", ("same_lr",)),
         ("JPEGImages/1.jpg", "cat", "dog", ("same_lr",)),
     ]
-    assert mistakes(found, "same_lr", limit=2) == []
+    assert mistakes(found, "same_lr") == []
 
 
 def test_runs_of_other_arms_and_seeds_are_merged() -> None:
     whole = results(RESULTS)
     parts = [("a", results({"scratch": RESULTS["scratch"][:1]})), ("b", results({"same_lr": RESULTS["same_lr"]}))]
-    found = merge([*parts, ("c", results({"scratch": RESULTS["scratch"][1:]}))])
+    parts.append(("c", results({"scratch": RESULTS["scratch"][1:]})))
+    found = merge(parts)
 
-    assert found == whole
+    assert found.pop("origins") == dict(parts)
+    assert found == {key: value for key, value in whole.items() if key not in ("versions", "asked")}
+
+
+def test_what_differs_between_merged_runs_is_told_apart() -> None:
+    first, second = (results({"same_lr": RESULTS["same_lr"][seed : seed + 1]}) for seed in (0, 1))
+    second["versions"] = {**second["versions"], "torch": "9.8.7"}
+    second["settings"]["threads"] = 64
+    second["asked"] = {**ASKED, "processes": 4}
+    page = html.unescape(to_html(merge([("a", first), ("b", second)]), None))
+
+    assert f"<dd>a: {first['versions']['torch']}</dd>\n<dd>b: 9.8.7</dd>" in page
+    assert "<dd>a: 1</dd>\n<dd>b: 64</dd>" in page
+    assert page.count(f"<dd>{first['versions']['timm']}</dd>") == 1
+    assert f"<h3>a</h3>\n<pre>{repeat(first)}</pre>\n<h3>b</h3>\n<pre>{repeat(second)}</pre>" in page
+    assert repeat(second).startswith("torchrun --nproc-per-node 4 -m freezeplan run voc_vgg16 --data pets.tar ")
 
 
 @pytest.mark.parametrize(
@@ -151,6 +149,28 @@ def test_the_page_is_alone_and_names_are_escaped() -> None:
     assert "58.3 ± 11.8" in page
     assert page.count("data:image/svg+xml") == 3
     assert repeat(results(RESULTS)) in html.unescape(page)
+    assert "<td>scratch</td>\n<td>\N{MINUS SIGN}50.0 ± 0.0</td><td>2</td>" in page
+    idle = {**RESULTS, "scratch": tuple(replace(one, learned=False) for one in RESULTS["scratch"])}
+    page = to_html(results(idle), None)
+    assert '<td class="dim">none: scratch did not learn</td><td>-</td>' in page
+    assert "\N{MINUS SIGN}50.0" not in page
+
+
+def test_precision_is_the_mean_over_seeds_and_the_gallery_counts_the_rest() -> None:
+    one, two = RESULTS["same_lr"]
+    better = replace(two, val=replace(two.val, average_precision=(1.0, 0.25, None)))
+    wrong = {"scratch": RESULTS["scratch"][:1], "same_lr": (one, better)}
+    found = results(wrong)
+    photo = io.BytesIO()
+    Image.new("RGB", (200, 100)).save(photo, "JPEG")
+    photos = gallery(found, lambda _: photo.getvalue())
+    page = to_html(found, {**photos, "scratch": photos["scratch"][:1]})
+
+    assert found["arms"]["same_lr"]["average_precision"] == {"cat": 0.75, "dog": 0.25, "owl": None}
+    assert '<span class="dim">(75.0)</span>' in page
+    assert len(photos["scratch"]) == len(mistakes(found, "scratch")) == 3 < PHOTOS
+    assert page.count("data:image/jpeg") == 1
+    assert "And 2 more." in page
 
 
 def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
@@ -163,12 +183,106 @@ def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(DataError, match=r"results\.json: is no JSON \(Expecting property name"):
         read_results(tmp_path)
-    (tmp_path / "results.json").write_text('{"data": 1}')
+
+
+def _first(found: dict[str, Any]) -> dict[str, Any]:
+    return found["arms"]["scratch"]["runs"][0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param(lambda found: found.pop("versions"), "has no 'versions'", id="versions"),
+        pytest.param(lambda found: found["data"].pop("sample"), "data has no 'sample'", id="sample"),
+        pytest.param(
+            lambda found: found.update(arms={}),
+            "arms should not be empty, found {}",
+            id="no-arm",
+        ),
+        pytest.param(
+            lambda found: found["data"].update(classes="cat"),
+            "data.classes should be a list, found 'cat'",
+            id="classes",
+        ),
+        pytest.param(
+            lambda found: found["arms"]["scratch"].update(runs=[]),
+            "arms.scratch.runs should not be empty, found []",
+            id="no-run",
+        ),
+        pytest.param(
+            lambda found: _first(found).update(seed="0"),
+            "arms.scratch.runs.0.seed should be a valid integer, found '0'",
+            id="seed",
+        ),
+        pytest.param(
+            lambda found: (_first(found).pop("seed"), _first(found).pop("epochs")),
+            "arms.scratch.runs.0 has no 'seed'; and 1 more",
+            id="two",
+        ),
+        pytest.param(
+            lambda found: _first(found).update(top1_error=30.9),
+            "arms.scratch.runs.0.top1_error should be less than or equal to 1, found 30.9",
+            id="per-cent",
+        ),
+        pytest.param(
+            lambda found: found["arms"]["scratch"]["plan"].update(rules="all"),
+            "arms.scratch.plan.rules should be a list, found 'all'",
+            id="plan",
+        ),
+        pytest.param(
+            lambda found: found["settings"].update(lr=[1]),
+            "settings.lr should be text, a number, true, false or null, found [1]",
+            id="settings",
+        ),
+        pytest.param(lambda found: found["val"]["files"].pop(), "val.files has 5 entries, val.labels 6", id="files"),
+        pytest.param(
+            lambda found: found["val"]["labels"].__setitem__(1, 7),
+            "val.labels holds 7, data.classes has 3 entries",
+            id="labels",
+        ),
+        pytest.param(
+            lambda found: _first(found).update(predicted=[0]),
+            "arms.scratch.runs.0.predicted has 1 entries, val.labels 6",
+            id="fewer-guesses",
+        ),
+        pytest.param(
+            lambda found: _first(found).update(predicted=[0, 1, 2, 3, 0, 0]),
+            "arms.scratch.runs.0.predicted holds 3, data.classes has 3 entries",
+            id="guesses",
+        ),
+        pytest.param(
+            lambda found: _first(found).update(average_precision={"cat": 0.5}),
+            "arms.scratch.runs.0.average_precision is of other classes than data.classes",
+            id="precision",
+        ),
+    ],
+)
+def test_damaged_results_are_refused_by_file_and_field(
+    damage: Callable[[dict[str, Any]], object], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results(RESULTS)))
+    assert read_results(tmp_path) == json.loads(path.read_text())
+    found = json.loads(path.read_text())
+    damage(found)
+    path.write_text(json.dumps(found))
+
+    with pytest.raises(DataError) as raised:
+        report([tmp_path], out=tmp_path / "report.html")
+
+    assert str(raised.value) == f"{path}: {message}\n  {NOTE}"
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "7"])
+def test_results_that_are_no_mapping_are_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(content)
+
     with pytest.raises(DataError) as raised:
         read_results(tmp_path)
-    assert str(raised.value) == (
-        f"{tmp_path / 'results.json'}: has no 'val'\n  it was not written by this version's freezeplan run"
-    )
+
+    found = {"null": "None"}.get(content, content)
+    assert str(raised.value) == (f"{tmp_path / 'results.json'}: the file should be a mapping, found {found}\n  {NOTE}")
 
 
 def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
