@@ -329,6 +329,26 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+def test_the_page_of_the_sample_is_small_and_can_be_read_aloud(sample: Path) -> None:
+    """Under 5 MB; a language, one main part, headers of rows and columns, names of pictures and of what scrolls."""
+    page = sample / "zero/report.html"
+    text = page.read_text(encoding="utf-8")
+
+    assert page.stat().st_size < 5_000_000
+    assert text.startswith('<!DOCTYPE html>\n<html lang="en">')
+    assert text.count("<main>") == text.count("<h1>") == 1
+    assert set(re.findall(r"<th\b[^>]*?(scope=\"\w+\")?(?: class=\"theirs\")?>", text)) == {
+        'scope="col"',
+        'scope="row"',
+    }
+    assert text.count("<table>") == text.count("<caption>") == text.count("<thead>") > 3
+    assert all(re.search(r'alt="[^"]{10,}"', image) for image in re.findall(r"<img[^>]*>", text))
+    named = re.findall(r'<div class="wide" tabindex="0" role="region" aria-labelledby="([\w-]+)">', text)
+    assert len(named) == len(set(named)) == text.count('class="wide"')
+    assert all(text.count(f'id="{name}"') == 1 for name in named)
+
+
+@pytest.mark.slow
 def test_runs_of_the_sample_are_merged_with_a_gallery(sample: Path) -> None:
     merged = report([sample / "zero", sample / "one"], out=sample / "both.html")
     page = (sample / "both.html").read_text(encoding="utf-8")
@@ -347,7 +367,6 @@ def test_runs_of_the_sample_are_merged_with_a_gallery(sample: Path) -> None:
 @pytest.mark.parametrize("width", [500, 1280])  # Chromium's narrowest window is 500 pixels; a phone's is tried below
 def test_a_browser_shows_the_page(sample: Path, width: int, dark: bool) -> None:
     page = sample / "zero/report.html"
-    assert page.stat().st_size < 5_000_000
     probed = sample / f"probed-{width}-{dark}.html"
     probed.write_text(page.read_text(encoding="utf-8").replace("</body>", PROBE), encoding="utf-8")
     done = browse(probed, width, dark, "--dump-dom")
@@ -370,23 +389,34 @@ def test_a_browser_shows_the_page(sample: Path, width: int, dark: bool) -> None:
         pixels = np.asarray(picture.convert("L"))
     assert pixels.shape == (2000, width)
     assert pixels.std() > 10
-    assert (pixels.mean() < 128) == dark
+    assert (pixels[:400].mean() < 128) == dark  # above the curves, which stand on white
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium")
-def test_a_phone_needs_no_scrolling_sideways(sample: Path) -> None:
-    """A frame of 390 pixels in a wider window."""
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_phone_shows_the_page_and_needs_no_scrolling_sideways(sample: Path, dark: bool) -> None:
+    """A frame of 390 pixels in a wider window, light and dark."""
     page = (sample / "zero/report.html").read_text(encoding="utf-8").replace("</body>", PROBE)
-    frame = sample / "phone.html"
+    frame = sample / f"phone-{dark}.html"
     frame.write_text(
-        f"<iframe style='width:390px;height:800px;border:0' srcdoc='{html.escape(page)}'></iframe>"
+        "<body style='margin:0'>"
+        f"<iframe style='width:390px;height:2000px;border:0' srcdoc='{html.escape(page)}'></iframe>"
         "<script>addEventListener('load', () => setTimeout(() => { document.documentElement.dataset.probe = "
         "document.querySelector('iframe').contentDocument.documentElement.dataset.probe }, 500))</script>",
         encoding="utf-8",
     )
-    done = browse(frame, 800, False, "--dump-dom")
+    done = browse(frame, 800, dark, "--dump-dom")
     found = json.loads(html.unescape(re.findall(r'<html data-probe="([^"]*)"', done.stdout)[0]))
 
+    assert "CONSOLE" not in done.stderr
     assert found["overflow"] <= 0
-    assert found["broken"] == 0
+    assert (found["broken"], found["unnamed"]) == (0, 0)
+    assert found["dark"] == dark
+
+    shot = sample / f"phone-{dark}.png"
+    browse(frame, 800, dark, f"--screenshot={shot}")
+    with Image.open(shot) as picture:
+        pixels = np.asarray(picture.convert("L"))[:, :390]
+    assert pixels.std() > 10
+    assert (pixels[:400].mean() < 128) == dark  # above the curves, which stand on white
