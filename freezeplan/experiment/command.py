@@ -22,9 +22,8 @@ from freezeplan.experiment.checkpoint import open_checkpoints
 from freezeplan.experiment.download import VOC2012, check_counts, default_folder
 from freezeplan.experiment.download import download as fetch
 from freezeplan.experiment.processes import beside, join
-from freezeplan.experiment.report import NAME, gallery, to_html, write_report
+from freezeplan.experiment.report import NAME, gallery, read_results, to_html, write_report
 from freezeplan.experiment.results import FILES, check_free, finished, summarise, write_results
-from freezeplan.experiment.results_file import read_results
 from freezeplan.experiment.sample import BATCH_SIZE, EPOCHS, weights_path, write_sample
 from freezeplan.experiment.screen import Screen, download_bar, print_results, print_settings
 from freezeplan.experiment.statistics import merge

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +16,12 @@ from typing import Any
 from PIL import Image
 
 from freezeplan import zoo
-from freezeplan.errors import OutputError
+from freezeplan.errors import DataError, OutputError
 from freezeplan.experiment import statistics
 from freezeplan.experiment.arms import ARMS, PUBLISHED
 from freezeplan.experiment.results import COLOURS, to_svg
 from freezeplan.experiment.screen import percent
+from freezeplan.experiment.shape import check_shape
 from freezeplan.experiment.train import Settings
 from freezeplan.experiment.weights import LECTURE, SAMPLE_MODEL
 from freezeplan.load import load_plan
@@ -152,6 +154,29 @@ def spread_text(mean: float | None, deviation: float | None) -> str:
         ('19.1 ± 1.2', '19.1', '-')
     """
     return percent(mean) + ("" if deviation is None else f" ± {100 * deviation:.1f}")
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Read the ``results.json`` of a run.
+
+    Raises:
+        DataError: If there is none, or it is not what a run of this version writes.
+    """
+    path = folder / "results.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        notes = ["expected the folder of a finished run: freezeplan run voc_vgg16 --out DIR"]
+        raise DataError(f"holds no results.json ({error.strerror})", where=str(folder), notes=notes) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"is no JSON ({error})", where=str(path)) from None
+    wanted = ("versions", "asked", "data", "val", "model", "weights", "label", "settings", "published", "pairs", "arms")
+    missing = [key for key in wanted if not isinstance(found, dict) or key not in found]
+    if missing:
+        notes = ["it was not written by this version's freezeplan run"]
+        raise DataError(f"has no {missing[0]!r}", where=str(path), notes=notes)
+    check_shape(found, str(path))
+    return dict(found)
 
 
 def write_report(path: Path, html: str) -> None:
