@@ -1,8 +1,8 @@
 """Colour to grey: a model of three channels takes images of one, and the layer that sees them learns first.
 
 ``python examples/grey.py`` trains on drawn stripes. The first convolution's kernels are summed over the channels, as
-timm does under ``create_model(..., pretrained=True, in_chans=1)``, so a grey image gives what it gave in colour. Other
-``python examples/grey.py --data photos.tar --model tf_efficientnet_lite0 --weights lite0.safetensors``.
+timm does under ``create_model(..., pretrained=True, in_chans=1)``, so a grey image gives what it gave in colour. For
+another model call ``to_grey`` with a pretrained one and its name in timm; the plan fits any.
 """
 
 from __future__ import annotations

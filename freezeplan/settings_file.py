@@ -46,6 +46,8 @@ def use_settings(context: typer.Context, path: Path | None) -> Path | None:
             parameter.process_value(context, given)
         except (typer.BadParameter, TypeError, ValueError) as error:
             found = getattr(error, "message", str(error))
+            if found.startswith("Input "):
+                found = f"{found.removeprefix('Input ')}, found {value!r}"
             problems.append(Problem(f"{key}: {found}", source.where((key,))))
             continue
         values[str(parameter.name)] = given

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 import math
 import re
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,22 +24,16 @@ from freezeplan.errors import DataError, OutputError
 from freezeplan.experiment.archive import open_files
 from freezeplan.experiment.arms import Outcome, load_arms
 from freezeplan.experiment.command import report, voc_vgg16
-from freezeplan.experiment.report import gallery, read_results, repeat, to_html, write_report
+from freezeplan.experiment.report import PHOTOS, gallery, read_results, repeat, to_html, write_report
 from freezeplan.experiment.results import summarise
-from freezeplan.experiment.statistics import (
-    class_errors,
-    confusion,
-    error_spread,
-    merge,
-    mistakes,
-    paired,
-)
+from freezeplan.experiment.statistics import class_errors, confusion, merge, mistakes
 from freezeplan.experiment.train import Epoch, Measured, Run, Settings
 from freezeplan.experiment.voc import VocData
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 SETTINGS = Settings(epochs=2, batch_size=8, image_size=32)
 LABELS = (0, 0, 1, 1, 2, 2)
+ASKED = {"data": "pets.tar", "download": False, "weights": "random", "plans": [], "processes": 1}
 
 
 def run(seed: int, predicted: tuple[int, ...]) -> Run:
@@ -50,7 +46,7 @@ def results(runs: Mapping[str, tuple[Run, ...]], classes: tuple[str, ...] = ("ca
     val = tuple((f"JPEGImages/{row}.jpg", label) for row, label in enumerate(LABELS))
     outcome = Outcome(load_arms(list(runs)), runs, train_images=10, val_images=6, skipped=(), val=val)
     data = VocData("pets", classes, (), (), None)  # type: ignore[arg-type]
-    return summarise(outcome, data, SETTINGS, model="test_resnet", weights="random", sample=False)
+    return summarise(outcome, data, SETTINGS, model="test_resnet", weights="random", sample=False, asked=ASKED)
 
 
 RESULTS = {
@@ -59,41 +55,42 @@ RESULTS = {
 }
 
 
-def test_spreads_and_differences() -> None:
-    found = results(RESULTS)
-
-    first = error_spread(found, "scratch")
-    assert first is not None
-    assert (first.mean, first.deviation) == (pytest.approx((4 / 6 + 3 / 6) / 2), pytest.approx(1 / 6 / 2**0.5))
-    assert error_spread(found, "scratch", "top5_error") is None
-    difference = paired(found, "same_lr", "scratch")
-    assert difference is not None
-    assert (difference.mean, difference.deviation) == (pytest.approx(-0.5), pytest.approx(0))
-    assert (
-        paired(results({"scratch": RESULTS["scratch"][:1], "same_lr": RESULTS["same_lr"][1:]}), "same_lr", "scratch")
-        is None
-    )
-
-
 def test_classes_and_mistakes() -> None:
     found = results(RESULTS)
 
     assert confusion(found, "scratch") == [[1, 3, 0], [2, 2, 0], [2, 0, 2]]
     assert class_errors(found, "scratch") == {"cat": 0.75, "dog": 0.5, "owl": 0.5}
-    wrong = mistakes(found, "scratch", limit=2)
-    assert [(one.file, one.label, one.predicted, one.right) for one in wrong] == [
+    wrong = mistakes(found, "scratch")
+    assert len(wrong) == 3
+    assert [(one.file, one.label, one.predicted, one.right) for one in wrong[:2]] == [
         ("JPEGImages/0.jpg", "cat", "dog", ("same_lr",)),
         ("JPEGImages/1.jpg", "cat", "dog", ("same_lr",)),
     ]
-    assert mistakes(found, "same_lr", limit=2) == []
+    assert mistakes(found, "same_lr") == []
 
 
 def test_runs_of_other_arms_and_seeds_are_merged() -> None:
     whole = results(RESULTS)
     parts = [("a", results({"scratch": RESULTS["scratch"][:1]})), ("b", results({"same_lr": RESULTS["same_lr"]}))]
-    found = merge([*parts, ("c", results({"scratch": RESULTS["scratch"][1:]}))])
+    parts.append(("c", results({"scratch": RESULTS["scratch"][1:]})))
+    found = merge(parts)
 
-    assert found == whole
+    assert found.pop("origins") == dict(parts)
+    assert found == {key: value for key, value in whole.items() if key not in ("versions", "asked")}
+
+
+def test_what_differs_between_merged_runs_is_told_apart() -> None:
+    first, second = (results({"same_lr": RESULTS["same_lr"][seed : seed + 1]}) for seed in (0, 1))
+    second["versions"] = {**second["versions"], "torch": "9.8.7"}
+    second["settings"]["threads"] = 64
+    second["asked"] = {**ASKED, "processes": 4}
+    page = html.unescape(to_html(merge([("a", first), ("b", second)]), None))
+
+    assert f"<dd>a: {first['versions']['torch']}</dd>\n<dd>b: 9.8.7</dd>" in page
+    assert "<dd>a: 1</dd>\n<dd>b: 64</dd>" in page
+    assert page.count(f"<dd>{first['versions']['timm']}</dd>") == 1
+    assert f"<h3>a</h3>\n<pre>{repeat(first)}</pre>\n<h3>b</h3>\n<pre>{repeat(second)}</pre>" in page
+    assert repeat(second).startswith("torchrun --nproc-per-node 4 -m freezeplan run voc_vgg16 --data pets.tar ")
 
 
 @pytest.mark.parametrize(
@@ -154,6 +151,28 @@ def test_the_page_is_alone_and_names_are_escaped() -> None:
     assert "58.3 ± 11.8" in page
     assert page.count("data:image/svg+xml") == 3
     assert repeat(results(RESULTS)) in html.unescape(page)
+    assert "<td>scratch</td>\n<td>\N{MINUS SIGN}50.0 ± 0.0</td><td>2</td>" in page
+    idle = {**RESULTS, "scratch": tuple(replace(one, learned=False) for one in RESULTS["scratch"])}
+    page = to_html(results(idle), None)
+    assert '<td class="dim">none: scratch did not learn</td><td>-</td>' in page
+    assert "\N{MINUS SIGN}50.0" not in page
+
+
+def test_precision_is_the_mean_over_seeds_and_the_gallery_counts_the_rest() -> None:
+    one, two = RESULTS["same_lr"]
+    better = replace(two, val=replace(two.val, average_precision=(1.0, 0.25, None)))
+    wrong = {"scratch": RESULTS["scratch"][:1], "same_lr": (one, better)}
+    found = results(wrong)
+    photo = io.BytesIO()
+    Image.new("RGB", (200, 100)).save(photo, "JPEG")
+    photos = gallery(found, lambda _: photo.getvalue())
+    page = to_html(found, {**photos, "scratch": photos["scratch"][:1]})
+
+    assert found["arms"]["same_lr"]["average_precision"] == {"cat": 0.75, "dog": 0.25, "owl": None}
+    assert '<span class="dim">(75.0)</span>' in page
+    assert len(photos["scratch"]) == len(mistakes(found, "scratch")) == 3 < PHOTOS
+    assert page.count("data:image/jpeg") == 1
+    assert "And 2 more." in page
 
 
 def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
@@ -166,25 +185,93 @@ def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(DataError, match=r"results\.json: is no JSON \(Expecting property name"):
         read_results(tmp_path)
-    (tmp_path / "results.json").write_text('{"data": 1}')
+
+
+def one_of(found: dict[str, Any]) -> dict[str, Any]:
+    return found["arms"]["scratch"]["runs"][0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param(lambda found: found.pop("versions"), "has no 'versions'", id="versions"),
+        pytest.param(lambda found: found.pop("asked"), "has no 'asked'", id="asked"),
+        pytest.param(lambda found: found["data"].pop("sample"), "data.sample: field required", id="sample"),
+        pytest.param(
+            lambda found: found["asked"].update(processes=0),
+            "asked.processes: input should be greater than or equal to 1",
+            id="processes",
+        ),
+        pytest.param(
+            lambda found: found.update(arms={}),
+            "arms: dictionary should have at least 1 item after validation, not 0",
+            id="no-arm",
+        ),
+        pytest.param(
+            lambda found: found["data"].update(classes="cat"),
+            "data.classes: input should be a valid list",
+            id="classes",
+        ),
+        pytest.param(
+            lambda found: found["arms"]["scratch"].update(runs=[]),
+            "arms.scratch.runs: list should have at least 1 item after validation, not 0",
+            id="no-run",
+        ),
+        pytest.param(
+            lambda found: one_of(found).update(seed="0"),
+            "arms.scratch.runs[0].seed: input should be a valid integer",
+            id="seed",
+        ),
+        pytest.param(
+            lambda found: one_of(found).pop("features"),
+            "arms.scratch.runs[0].features: field required",
+            id="features",
+        ),
+        pytest.param(
+            lambda found: one_of(found).update(top1_error=30.9),
+            "arms.scratch.runs[0].top1_error: input should be less than or equal to 1",
+            id="per-cent",
+        ),
+        pytest.param(
+            lambda found: found["arms"]["scratch"]["deviation"].pop("any_error"),
+            "arms.scratch.deviation.any_error: field required",
+            id="deviation",
+        ),
+        pytest.param(
+            lambda found: found["arms"]["scratch"].update(average_precision={}),
+            "arms.scratch: average_precision: expected a figure for each class",
+            id="precision",
+        ),
+        pytest.param(
+            lambda found: found["pairs"][0].update(mean="much"),
+            "pairs[0].mean: input should be a valid number",
+            id="pairs",
+        ),
+    ],
+)
+def test_damaged_results_are_refused_by_file_and_field(
+    damage: Callable[[dict[str, Any]], object], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results(RESULTS)))
+    assert read_results(tmp_path) == json.loads(path.read_text())
+    found = json.loads(path.read_text())
+    damage(found)
+    path.write_text(json.dumps(found))
+
     with pytest.raises(DataError) as raised:
-        read_results(tmp_path)
-    assert str(raised.value) == (
-        f"{tmp_path / 'results.json'}: has no 'val'\n  it was not written by this version's freezeplan run"
-    )
+        report([tmp_path], out=tmp_path / "report.html")
 
-
-def first(found: dict[str, Any]) -> dict[str, Any]:
-    one: dict[str, Any] = found["arms"]["scratch"]["runs"][0]
-    return one
+    note = "it was not written by this version's freezeplan run"
+    assert str(raised.value) == f"{path}: {message}\n  {note}"
+    assert not (tmp_path / "report.html").exists()
 
 
 SHAPES = [
-    pytest.param(lambda f: f["data"].update(classes="cat"), "data.classes: input should be a valid list", id="text"),
     pytest.param(lambda f: f["data"]["classes"].append("\x1b[2J"), "data.classes[3]: {name}", id="escape"),
     pytest.param(
         lambda f: f["data"]["classes"].pop(),
-        "arms.scratch, seed 0: average_precision: expected a figure for each class",
+        "arms.scratch: average_precision: expected a figure for each class",
         id="a-class-less",
     ),
     pytest.param(
@@ -193,12 +280,12 @@ SHAPES = [
         id="a-class-too-high",
     ),
     pytest.param(
-        lambda f: first(f)["predicted"].pop(),
+        lambda f: one_of(f)["predicted"].pop(),
         "arms.scratch, seed 0: predicted: expected 6 indices below 3, an image and a class each",
         id="an-image-less",
     ),
     pytest.param(
-        lambda f: first(f).update(top1_error=math.nan),
+        lambda f: one_of(f).update(top1_error=math.nan),
         "arms.scratch.runs[0].top1_error: input should be a finite number",
         id="nan",
     ),
@@ -319,6 +406,26 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+def test_the_page_of_the_sample_is_small_and_can_be_read_aloud(sample: Path) -> None:
+    """Under 5 MB; a language, one main part, headers of rows and columns, names of pictures and of what scrolls."""
+    page = sample / "zero/report.html"
+    text = page.read_text(encoding="utf-8")
+
+    assert page.stat().st_size < 5_000_000
+    assert text.startswith('<!DOCTYPE html>\n<html lang="en">')
+    assert text.count("<main>") == text.count("<h1>") == 1
+    assert set(re.findall(r"<th\b[^>]*?(scope=\"\w+\")?(?: class=\"theirs\")?>", text)) == {
+        'scope="col"',
+        'scope="row"',
+    }
+    assert text.count("<table>") == text.count("<caption>") == text.count("<thead>") > 3
+    assert all(re.search(r'alt="[^"]{10,}"', image) for image in re.findall(r"<img[^>]*>", text))
+    named = re.findall(r'<div class="wide" tabindex="0" role="region" aria-labelledby="([\w-]+)">', text)
+    assert len(named) == len(set(named)) == text.count('class="wide"')
+    assert all(text.count(f'id="{name}"') == 1 for name in named)
+
+
+@pytest.mark.slow
 def test_runs_of_the_sample_are_merged_with_a_gallery(sample: Path) -> None:
     merged = report([sample / "zero", sample / "one"], out=sample / "both.html")
     page = (sample / "both.html").read_text(encoding="utf-8")
@@ -337,7 +444,6 @@ def test_runs_of_the_sample_are_merged_with_a_gallery(sample: Path) -> None:
 @pytest.mark.parametrize("width", [500, 1280])  # Chromium's narrowest window is 500 pixels; a phone's is tried below
 def test_a_browser_shows_the_page(sample: Path, width: int, dark: bool) -> None:
     page = sample / "zero/report.html"
-    assert page.stat().st_size < 5_000_000
     probed = sample / f"probed-{width}-{dark}.html"
     probed.write_text(page.read_text(encoding="utf-8").replace("</body>", PROBE), encoding="utf-8")
     done = browse(probed, width, dark, "--dump-dom")
@@ -360,23 +466,34 @@ def test_a_browser_shows_the_page(sample: Path, width: int, dark: bool) -> None:
         pixels = np.asarray(picture.convert("L"))
     assert pixels.shape == (2000, width)
     assert pixels.std() > 10
-    assert (pixels.mean() < 128) == dark
+    assert (pixels[:400].mean() < 128) == dark  # above the curves, which stand on white
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium")
-def test_a_phone_needs_no_scrolling_sideways(sample: Path) -> None:
-    """A frame of 390 pixels in a wider window."""
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_phone_shows_the_page_and_needs_no_scrolling_sideways(sample: Path, dark: bool) -> None:
+    """A frame of 390 pixels in a wider window, light and dark."""
     page = (sample / "zero/report.html").read_text(encoding="utf-8").replace("</body>", PROBE)
-    frame = sample / "phone.html"
+    frame = sample / f"phone-{dark}.html"
     frame.write_text(
-        f"<iframe style='width:390px;height:800px;border:0' srcdoc='{html.escape(page)}'></iframe>"
+        "<body style='margin:0'>"
+        f"<iframe style='width:390px;height:2000px;border:0' srcdoc='{html.escape(page)}'></iframe>"
         "<script>addEventListener('load', () => setTimeout(() => { document.documentElement.dataset.probe = "
         "document.querySelector('iframe').contentDocument.documentElement.dataset.probe }, 500))</script>",
         encoding="utf-8",
     )
-    done = browse(frame, 800, False, "--dump-dom")
+    done = browse(frame, 800, dark, "--dump-dom")
     found = json.loads(html.unescape(re.findall(r'<html data-probe="([^"]*)"', done.stdout)[0]))
 
+    assert "CONSOLE" not in done.stderr
     assert found["overflow"] <= 0
-    assert found["broken"] == 0
+    assert (found["broken"], found["unnamed"]) == (0, 0)
+    assert found["dark"] == dark
+
+    shot = sample / f"phone-{dark}.png"
+    browse(frame, 800, dark, f"--screenshot={shot}")
+    with Image.open(shot) as picture:
+        pixels = np.asarray(picture.convert("L"))[:, :390]
+    assert pixels.std() > 10
+    assert (pixels[:400].mean() < 128) == dark  # above the curves, which stand on white

@@ -1,4 +1,4 @@
-"""The three files of a run: their shape, and that they are whole or not there."""
+"""The files of a run: their shape, and that they are whole or not there."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from PIL import Image
 
 from freezeplan.errors import OutputError
 from freezeplan.experiment.arms import ARMS, Outcome, load_arms
-from freezeplan.experiment.results import FILES, check_free, summarise, to_csv, to_png, write_results
+from freezeplan.experiment.results import FILES, check_free, summarise, to_csv, to_png, to_summary, write_results
 from freezeplan.experiment.train import Epoch, Measured, Run, Settings
 from freezeplan.experiment.voc import VocData
 
 SETTINGS = Settings(epochs=2, batch_size=8, image_size=16)
-
-
+ASKED = {"data": "toy.tar", "download": False, "weights": "random", "plans": [], "processes": 1}
 VAL = tuple((f"JPEGImages/{number}.jpg", number % 2) for number in range(2, 8))
 
 
@@ -37,13 +36,16 @@ def results(**changes: Any) -> dict[str, Any]:
     runs = {arm: (run(0, 0.5), run(1, 0.3)) for arm in plans} | changes
     outcome = Outcome(plans, runs, train_images=10, val_images=6, skipped=("JPEGImages/1.jpg",), val=VAL)
     data = VocData("toy", ("cat", "dog"), (), (), None)  # type: ignore[arg-type]
-    return summarise(outcome, data, SETTINGS, model="vgg16", weights="random", sample=False)
+    return summarise(outcome, data, SETTINGS, model="vgg16", weights="random", sample=False, asked=ASKED)
 
 
 def test_results_have_the_agreed_shape() -> None:
     found = results()
 
-    assert found.keys() == {"versions", "val", "data", "model", "weights", "label", "settings", "published", "arms"}
+    assert set(found) - {"pairs"} == {
+        "versions", "asked", "val", "data", "model", "weights", "label", "settings", "published", "arms"
+    }  # fmt: skip
+    assert found["asked"] == ASKED
     assert found["data"] == {
         "name": "toy",
         "train": 10,
@@ -61,6 +63,14 @@ def test_results_have_the_agreed_shape() -> None:
         "train_error": pytest.approx(0.1),
         "learned": True,
     }
+    deviation = 0.2 / 2**0.5
+    assert arm["deviation"] == {
+        "top1_error": pytest.approx(deviation),
+        "top5_error": None,
+        "any_error": pytest.approx(deviation / 2),
+        "train_error": pytest.approx(deviation / 4),
+    }
+    assert arm["average_precision"] == {"cat": 0.5, "dog": None}
     assert [one["seed"] for one in arm["runs"]] == [0, 1]
     assert arm["runs"][0] == {
         "seed": 0,
@@ -73,6 +83,9 @@ def test_results_have_the_agreed_shape() -> None:
         "average_precision": {"cat": 0.5, "dog": None},
         "predicted": [0, 1, 1, 0, 1, 0],
         "seconds": 4.0,
+        "features": 0,
+        "features_computed": 0,
+        "features_seconds": 0.0,
         "epochs": [
             {"epoch": 1, "train_loss": 0.5, "val_top1_error": 0.5, "train_seconds": 1.5, "eval_seconds": 0.5},
             {"epoch": 2, "train_loss": 0.25, "val_top1_error": 0.5, "train_seconds": 1.5, "eval_seconds": 0.5},
@@ -107,6 +120,38 @@ def test_the_table_has_one_row_an_arm_and_seed() -> None:
     assert (rows[0]["top1_error"], rows[0]["top5_error"], rows[0]["epochs"]) == ("0.5", "", "2")
 
 
+def test_the_summary_has_one_row_an_arm() -> None:
+    rows = list(csv.DictReader(io.StringIO(to_summary(results(scratch=(run(0, 0.75, learned=False),))))))
+
+    assert [row["arm"] for row in rows] == list(ARMS)
+    scratch, frozen = rows[:2]
+    assert (scratch["seeds"], scratch["top1_error_mean"], scratch["top1_error_deviation"]) == ("1", "0.75", "")
+    assert (frozen["seeds"], frozen["top5_error_mean"], frozen["top5_error_deviation"]) == ("2", "", "")
+    assert float(frozen["top1_error_mean"]) == pytest.approx(0.4)
+    assert float(frozen["top1_error_deviation"]) == pytest.approx(0.2 / 2**0.5)
+    assert (scratch["learned"], frozen["learned"]) == ("False", "True")
+
+
+def test_differences_are_seed_by_seed_and_none_is_of_an_arm_that_did_not_learn() -> None:
+    found = results(
+        scratch=(run(0, 0.9, learned=False), run(1, 0.8)),
+        frozen_convs=(run(0, 0.5), run(1, 0.25)),
+        same_lr=(run(1, 0.75), run(2, 0.1)),
+        low_conv_lr=(run(3, 0.1),),
+    )["pairs"]
+
+    pair = {(one["arm"], one["base"]): one for one in found}
+    assert len(pair) == len(found) == 6
+    assert all(pair[arm, "scratch"]["reason"] == "scratch did not learn" for arm in ARMS[1:])
+    assert all(pair[arm, "scratch"]["mean"] is None for arm in ARMS[1:])
+    assert pair["same_lr", "frozen_convs"] == {
+        "arm": "same_lr", "base": "frozen_convs", "seeds": [1], "mean": 0.5, "deviation": None, "reason": None
+    }  # fmt: skip
+    assert pair["low_conv_lr", "frozen_convs"]["reason"] == "no seed in common"
+    both = {(one["arm"], one["base"]): one for one in results()["pairs"]}["same_lr", "low_conv_lr"]
+    assert (both["seeds"], both["mean"], both["deviation"]) == ([0, 1], 0, 0)
+
+
 def test_the_curves_are_a_picture() -> None:
     picture = Image.open(io.BytesIO(to_png(results())))
 
@@ -121,7 +166,7 @@ def test_a_folder_that_holds_results_is_refused_unless_they_may_go(tmp_path: Pat
         check_free(tmp_path / "out", overwrite=False)
 
     assert str(caught.value) == (
-        f"{tmp_path / 'out'}: already holds results.json, results.csv, curves.png\n"
+        f"{tmp_path / 'out'}: already holds results.json, results.csv, summary.csv, curves.png\n"
         "  --overwrite replaces them, or give another folder with --out"
     )
     check_free(tmp_path / "out", overwrite=True)
@@ -139,7 +184,7 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     assert str(caught.value) == f"{tmp_path / 'out' / 'here'}: {tmp_path / 'out'} is a file, expected a folder"
 
 
-@pytest.mark.parametrize("works", [0, 1, 2])
+@pytest.mark.parametrize("works", range(len(FILES)))
 def test_a_full_disk_leaves_nothing_half_written(works: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 

@@ -29,9 +29,9 @@ from freezeplan.experiment.screen import Screen, download_bar, print_results, pr
 from freezeplan.experiment.statistics import merge
 from freezeplan.experiment.train import OptimizerName, Settings
 from freezeplan.experiment.voc import LabelRule, read_voc
-from freezeplan.experiment.weights import LECTURE, default_image_size, weights_title
+from freezeplan.experiment.weights import LECTURE, SAMPLE_MODEL, default_image_size, weights_title
 
-MODEL, SAMPLE_MODEL = "vgg16", "vgg16_slim_fc256"
+MODEL = "vgg16"
 RUNS = Path("runs")
 
 
@@ -129,7 +129,7 @@ def voc_vgg16(
         amp: ``bf16``: autocast, faster where the processor has it and less exact. None: float32.
 
     Returns:
-        The folder with ``results.json``, ``results.csv``, ``curves.png`` and ``report.html``.
+        The folder with ``results.json``, ``results.csv``, ``summary.csv``, ``curves.png`` and ``report.html``.
 
     Raises:
         FreezePlanError: One of its kinds for anything that was given and is missing, damaged or does not fit.
@@ -143,6 +143,12 @@ def voc_vgg16(
             "--resume goes on with the run in --out, which has to be given, and overwrites nothing",
             notes=["freezeplan run voc_vgg16 --resume --out DIR"],
         )
+    asked = {
+        "data": None if data is None else str(data),
+        "download": download,
+        "weights": weights,
+        "plans": [str(one) for one in plan or ()],
+    }
     processes = join(cuda=device == "cuda" or (device == "auto" and torch.cuda.is_available()))
     out = processes.agreed(out or RUNS / time.strftime("voc_vgg16-%Y%m%d-%H%M%S"))
     stdout, stderr = (render.stdout(), render.stderr()) if processes.first else (Console(quiet=True),) * 2
@@ -210,18 +216,20 @@ def voc_vgg16(
         if not processes.first:
             return out
         title = weights_title(model, weights)
-        results = summarise(outcome, voc, settings, model=model, weights=title, sample=sample)
-        photos = gallery(results, voc.files.read)
-    print_results(stdout, results)
+        results = summarise(
+            outcome, voc, settings, model=model, weights=title, sample=sample,
+            asked={**asked, "processes": processes.count},
+        )  # fmt: skip
+        print_results(stdout, results)
+        write_results(out, results)  # first of all: no mistake of the page may cost figures
+        with render.waiting("drawing the page", stderr):
+            page = to_html(results, gallery(results, voc.files.read))
+        write_report(out / NAME, page)
     if outcome.skipped:
         bad = outcome.skipped
         count = "1 image does not decode and was" if len(bad) == 1 else f"{len(bad)} images do not decode and were"
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         stderr.print(f"{count} left out: {', '.join(bad[:5])}{more}", soft_wrap=True)
-    with render.waiting("drawing the page", stderr):
-        page = to_html(results, photos)
-    write_results(out, results)
-    write_report(out / NAME, page)
     checkpoints.remove()
     stdout.print(f"\nWritten to {out}: {', '.join((*FILES, NAME))}", soft_wrap=True)
     return out
@@ -236,10 +244,11 @@ def report(folders: Sequence[Path], *, out: Path, data: Path | None = None) -> d
         data: Where the images of the mistakes are; the embedded sample is drawn anew.
 
     Returns:
-        The merged results, as in ``results.json``.
+        What ``statistics.merge`` returned.
 
     Raises:
-        DataError: If a folder holds no results, two are of different experiments or hold the same arm and seed.
+        DataError: If a folder holds no results or damaged ones, two are of different experiments or hold the same arm
+            and seed.
         OutputError: If the page cannot be written.
     """
     merged = merge([(str(folder), read_results(folder)) for folder in folders])

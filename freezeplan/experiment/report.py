@@ -8,7 +8,7 @@ import json
 import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from freezeplan.experiment.arms import ARMS, PUBLISHED
 from freezeplan.experiment.results import COLOURS, to_svg
 from freezeplan.experiment.screen import percent
 from freezeplan.experiment.shape import check_shape
+from freezeplan.experiment.train import Settings
 from freezeplan.experiment.voc import FORMATS
-from freezeplan.experiment.weights import LECTURE
+from freezeplan.experiment.weights import LECTURE, SAMPLE_MODEL
 from freezeplan.load import load_plan
 from freezeplan.picture import draw
 from freezeplan.resolve import resolve
@@ -49,7 +50,7 @@ def gallery(results: Mapping[str, Any], read: Callable[[str], bytes]) -> dict[st
     return {
         arm: [
             {**asdict(found), "image": _thumbnail(found.file, read(found.file))}
-            for found in statistics.mistakes(results, arm, PHOTOS)
+            for found in statistics.mistakes(results, arm)[:PHOTOS]
         ]
         for arm in results["arms"]
     }
@@ -70,28 +71,33 @@ def to_html(results: Mapping[str, Any], photos: Mapping[str, Sequence[Mapping[st
     )  # fmt: skip
     environment.filters |= {"percent": percent, "spread": spread_text, "points": _points}
     arms = list(results["arms"])
-    base = "scratch" if "scratch" in arms else arms[0]
-    seeds = max(len(found["runs"]) for found in results["arms"].values())
+    origins = results.get("origins", {"": results})
     return environment.get_template(f"{NAME}.jinja").render(
         results=results,
-        seeds=seeds,
-        base=base,
+        seeds=max(len(found["runs"]) for found in results["arms"].values()),
+        errors=statistics.ERRORS,
         colours=dict(zip(arms, cycle(COLOURS), strict=False)),
         published={arm: PUBLISHED[arm] for arm in arms if arm in PUBLISHED},
-        errors={
-            arm: [statistics.error_spread(results, arm, key) for key in ("top1_error", "top5_error", "any_error")]
-            + [statistics.error_spread(results, arm, "train_error")]
-            for arm in arms
-        },
-        paired={arm: statistics.paired(results, arm, base) for arm in arms if arm != base} if seeds > 1 else {},
         class_errors={arm: statistics.class_errors(results, arm) for arm in arms},
-        precision={arm: found["runs"][0]["average_precision"] for arm, found in results["arms"].items()},
         confusions={arm: statistics.confusion(results, arm) for arm in arms},
         curves=_uri(to_svg(results), "image/svg+xml"),
         plans={arm: _uri(content, "image/svg+xml") for arm, content in plan_pictures(results).items()},
         photos=photos,
-        command=repeat(results),
+        mistakes={arm: len(statistics.mistakes(results, arm)) for arm in arms},
+        settings=_by_origin(origins, "settings") | _by_origin(origins, "versions"),
+        commands={where: repeat(one) for where, one in origins.items()},
     )
+
+
+def _by_origin(origins: Mapping[str, Mapping[str, Any]], part: str) -> dict[str, dict[str, Any]]:
+    """Return what stands in a part of each run: name -> where -> value; one nameless place where all have the same."""
+    names = dict.fromkeys(name for one in origins.values() for name in one[part])
+    found = {name: {where: one[part].get(name) for where, one in origins.items()} for name in names}
+    return {
+        name: values if any(value != first for value in values.values()) else {"": first}
+        for name, values in found.items()
+        for first in [next(iter(values.values()))]
+    }
 
 
 def plan_pictures(results: Mapping[str, Any]) -> dict[str, bytes]:
@@ -109,42 +115,50 @@ def plan_pictures(results: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def repeat(results: Mapping[str, Any]) -> str:
-    """Return a command that repeats a run, with all that decides its figures.
+    """Return a command that repeats a run, with all that decides its figures. It is typed where the run was.
+
+    Args:
+        results: What ``results.summarise`` returned; a merge has one for each of its ``origins``.
 
     Examples:
-        >>> settings = {"epochs": 2, "batch_size": 8, "image_size": 64, "lr": 0.1, "optimizer": "rmsprop"}
-        >>> arms = {"scratch": {"runs": [{"seed": 0}]}}
-        >>> repeat({"data": {"name": "my photos", "sample": False}, "model": "resnet18", "weights": "random",
-        ...         "settings": settings, "arms": arms})  # doctest: +NORMALIZE_WHITESPACE
-        "freezeplan run voc_vgg16 --data 'my photos' --model resnet18 --arm scratch --seed 0 --epochs 2 --batch-size 8
-        --image-size 64 --lr 0.1 --optimizer rmsprop"
+        >>> asked = {"data": "my photos", "download": False, "weights": "random", "plans": ["a.yaml"], "processes": 2}
+        >>> repeat({"asked": asked, "data": {"sample": False}, "model": "resnet18",
+        ...         "arms": {"scratch": {"runs": [{"seed": 0}]}, "a": {"runs": [{"seed": 0}]}},
+        ...         "settings": {"epochs": 2, "clip": None, "cache": False}})  # doctest: +NORMALIZE_WHITESPACE
+        "torchrun --nproc-per-node 2 -m freezeplan run voc_vgg16 --data 'my photos' --model resnet18 --weights random
+        --arm scratch --plan a.yaml --seed 0 --epochs 2 --no-cache"
     """
-    words = ["freezeplan", "run", "voc_vgg16"]
-    if not results["data"]["sample"]:
-        words += ["--data", results["data"]["name"]]
-    if results["model"] != "vgg16_slim_fc256":
-        words += ["--model", results["model"]]
+    asked = results["asked"]
+    many = ["torchrun", "--nproc-per-node", str(asked["processes"]), "-m"] if asked["processes"] > 1 else []
+    words = [*many, "freezeplan", "run", "voc_vgg16"]
+    words += ["--download"] if asked["download"] else []
+    words += ["--data", asked["data"]] if asked["data"] is not None else []
+    words += [] if results["data"]["sample"] and results["model"] == SAMPLE_MODEL else ["--model", results["model"]]
+    words += ["--weights", asked["weights"]] if asked["weights"] is not None else []
     for arm in results["arms"]:
-        words += ["--arm", arm] if arm in ARMS else ["--plan", arm]
-    for seed in sorted({run["seed"] for found in results["arms"].values() for run in found["runs"]}):
-        words += ["--seed", str(seed)]
-    for name in ("epochs", "batch_size", "image_size", "lr", "optimizer", "label", "clip", "warmup", "amp"):
-        value = results["settings"].get(name)
-        if value:
-            words += [f"--{name.replace('_', '-')}", str(value)]
+        words += ["--arm", arm] if arm in ARMS else []
+    for plan in asked["plans"]:
+        words += ["--plan", plan]
+    for run in next(iter(results["arms"].values()))["runs"]:
+        words += ["--seed", str(run["seed"])]
+    usual = {field.name: field.default for field in fields(Settings)}
+    for name, value in results["settings"].items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words += [] if value == usual[name] else [f"--{option}" if value else f"--no-{option}"]
+        elif value is not None and name != "workers":  # how many threads decode decides nothing
+            words += [f"--{option}", str(value)]
     return shlex.join(words)
 
 
-def spread_text(found: statistics.Spread | None) -> str:
-    """Write a spread of fractions in per cent.
+def spread_text(mean: float | None, deviation: float | None) -> str:
+    """Write a mean and a deviation, fractions, in per cent.
 
     Examples:
-        >>> spread_text(statistics.Spread(0.191, 0.012, 3)), spread_text(statistics.Spread(0.191, None, 1))
-        ('19.1 ± 1.2', '19.1')
+        >>> spread_text(0.191, 0.012), spread_text(0.191, None), spread_text(None, None)
+        ('19.1 ± 1.2', '19.1', '-')
     """
-    if found is None:
-        return "-"
-    return percent(found.mean) + ("" if found.deviation is None else f" ± {100 * found.deviation:.1f}")
+    return percent(mean) + ("" if deviation is None else f" ± {100 * deviation:.1f}")
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -161,7 +175,7 @@ def read_results(folder: Path) -> dict[str, Any]:
         raise DataError(f"holds no results.json ({error.strerror})", where=str(folder), notes=notes) from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"is no JSON ({error})", where=str(path)) from None
-    wanted = ("data", "val", "model", "weights", "label", "settings", "published", "arms")
+    wanted = ("versions", "asked", "data", "val", "model", "weights", "label", "settings", "published", "pairs", "arms")
     missing = [key for key in wanted if not isinstance(found, dict) or key not in found]
     if missing:
         notes = ["it was not written by this version's freezeplan run"]
@@ -183,10 +197,10 @@ def write_report(path: Path, html: str) -> None:
         raise OutputError(f"cannot be written: {error.strerror}", where=str(path)) from None
 
 
-def _points(found: statistics.Spread) -> str:
+def _points(mean: float, deviation: float | None) -> str:
     """A difference of fractions in points, with its sign."""
-    deviation = "" if found.deviation is None else f" ± {100 * found.deviation:.1f}"
-    return f"{100 * found.mean:+.1f}{deviation}".replace("-", "\N{MINUS SIGN}")
+    spread = "" if deviation is None else f" ± {100 * deviation:.1f}"
+    return f"{100 * mean:+.1f}{spread}".replace("-", "\N{MINUS SIGN}")
 
 
 def _thumbnail(name: str, content: bytes) -> str:

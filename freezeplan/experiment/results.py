@@ -1,4 +1,4 @@
-"""What a run found out as plain data, and its three files: ``results.json``, ``results.csv`` and ``curves.png``."""
+"""What a run found out as plain data, and its files: all of it, a row a run, a row an arm, and the curves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import cycle
@@ -22,13 +22,14 @@ import freezeplan
 from freezeplan import zoo
 from freezeplan.errors import OutputError
 from freezeplan.experiment.arms import PUBLISHED, SOURCE, Outcome
+from freezeplan.experiment.statistics import ERRORS, arm_of, pairs
 from freezeplan.experiment.train import Run, Settings
 from freezeplan.experiment.voc import VocData
 from freezeplan.whole import flush, whole_file
 
-FILES = ("results.json", "results.csv", "curves.png")
-ERRORS = ("top1_error", "top5_error", "any_error", "train_error")
+FILES = ("results.json", "results.csv", "summary.csv", "curves.png")
 COLUMNS = ("arm", "seed", *ERRORS, "mean_average_precision", "learned", "epochs", "seconds")
+SUMMARY = ("arm", "seeds", *(f"{key}_{what}" for key in ERRORS for what in ("mean", "deviation")), "learned")
 COLOURS = (
     "#0072b2",
     "#d55e00",
@@ -40,7 +41,14 @@ COLOURS = (
 
 
 def summarise(
-    outcome: Outcome, data: VocData, settings: Settings, *, model: str, weights: str, sample: bool
+    outcome: Outcome,
+    data: VocData,
+    settings: Settings,
+    *,
+    model: str,
+    weights: str,
+    sample: bool,
+    asked: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write down a run as data for JSON: figures are means over the seeds, errors fractions from 0 to 1.
 
@@ -51,11 +59,20 @@ def summarise(
         model: Name of the model as it was asked for.
         weights: What the weights are called.
         sample: Whether the data are the embedded sample.
+        asked: What was typed and is not in the rest: ``data``, ``download``, ``weights``, ``plans``, and the number of
+            ``processes``.
 
     Returns:
         The content of ``results.json``. ``top5_error`` is None for five classes or fewer, ``train_loss`` where it was
         not finite.
     """
+    arms = {
+        arm: arm_of(
+            plan.model_dump(mode="json", exclude_defaults=True),
+            [_run(run, data.classes) for run in outcome.runs[arm]],
+        )
+        for arm, plan in outcome.plans.items()
+    }
     return {
         "versions": {
             "freezeplan": freezeplan.__version__,
@@ -63,6 +80,7 @@ def summarise(
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
+        "asked": dict(asked),
         "data": {
             "name": data.name,
             "train": outcome.train_images,
@@ -77,13 +95,8 @@ def summarise(
         "label": settings.label,
         "settings": asdict(settings),
         "published": {"source": SOURCE, **{arm: asdict(PUBLISHED[arm]) for arm in outcome.plans if arm in PUBLISHED}},
-        "arms": {
-            arm: arm_of(
-                plan.model_dump(mode="json", exclude_defaults=True),
-                [_run(run, data.classes) for run in outcome.runs[arm]],
-            )
-            for arm, plan in outcome.plans.items()
-        },
+        "pairs": pairs(arms),
+        "arms": arms,
     }
 
 
@@ -94,11 +107,43 @@ def to_csv(results: Mapping[str, Any]) -> str:
         >>> to_csv({"arms": {}}).strip().split(",")[:3]
         ['arm', 'seed', 'top1_error']
     """
+    return _table(
+        COLUMNS,
+        (
+            {**run, "arm": arm, "epochs": len(run["epochs"])}
+            for arm, found in results["arms"].items()
+            for run in found["runs"]
+        ),
+    )
+
+
+def to_summary(results: Mapping[str, Any]) -> str:
+    """Write one row an arm, a header first: means and sample standard deviations over its seeds.
+
+    Examples:
+        >>> to_summary({"arms": {}}).strip().split(",")[:4]
+        ['arm', 'seeds', 'top1_error_mean', 'top1_error_deviation']
+    """
+    return _table(
+        SUMMARY,
+        (
+            {
+                "arm": arm,
+                "seeds": len(found["runs"]),
+                **{f"{key}_mean": found[key] for key in ERRORS},
+                **{f"{key}_deviation": found["deviation"][key] for key in ERRORS},
+                "learned": found["learned"],
+            }
+            for arm, found in results["arms"].items()
+        ),
+    )
+
+
+def _table(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    for arm, found in results["arms"].items():
-        writer.writerows({**run, "arm": arm, "epochs": len(run["epochs"])} for run in found["runs"])
+    writer.writerows(rows)
     return text.getvalue()
 
 
@@ -171,7 +216,7 @@ def check_free(out: Path, *, overwrite: bool) -> None:
 
 
 def write_results(out: Path, results: Mapping[str, Any]) -> None:
-    """Write the three files to a folder, which is made if need be: all of them or, where that fails, none.
+    """Write the files to a folder, which is made if need be: all of them or, where that fails, none.
 
     Args:
         out: The folder; files of an earlier run in it are replaced.
@@ -181,7 +226,8 @@ def write_results(out: Path, results: Mapping[str, Any]) -> None:
         OutputError: If they cannot be written, for example because the disk is full. Nothing half-written stays.
     """
     json_text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    contents = dict(zip(FILES, (json_text.encode(), to_csv(results).encode(), to_png(results)), strict=True))
+    made = json_text.encode(), to_csv(results).encode(), to_summary(results).encode(), to_png(results)
+    contents = dict(zip(FILES, made, strict=True))
     try:
         out.mkdir(parents=True, exist_ok=True)
         with ExitStack() as files:
@@ -193,12 +239,6 @@ def write_results(out: Path, results: Mapping[str, Any]) -> None:
         reason = error.strerror or type(error).__name__
         notes = ["nothing half-written was left behind; the figures are above"]
         raise OutputError(f"results cannot be written: {reason}", where=str(out), notes=notes) from error
-
-
-def arm_of(plan: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return an arm as it stands in ``results.json``: its plan, the means of its runs, the runs."""
-    means = {key: None if runs[0][key] is None else fmean(run[key] for run in runs) for key in ERRORS}
-    return {"plan": dict(plan), **means, "learned": all(run["learned"] for run in runs), "runs": list(runs)}
 
 
 def _run(run: Run, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -215,6 +255,9 @@ def _run(run: Run, classes: tuple[str, ...]) -> dict[str, Any]:
         "average_precision": precision,
         "predicted": list(run.predicted),
         "seconds": run.seconds,
+        "features": run.features,
+        "features_computed": run.features_computed,
+        "features_seconds": run.features_seconds,
         "epochs": [
             {**asdict(epoch), "train_loss": epoch.train_loss if math.isfinite(epoch.train_loss) else None}
             for epoch in run.epochs

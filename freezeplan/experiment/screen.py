@@ -123,7 +123,7 @@ class Screen:
             mark = "" if run.learned else f" ({NOT_LEARNED})"
             self.console.print(
                 f"{arm}, seed {run.seed}: validation top-1 error {percent(run.val.top1_error)} %, "
-                f"training error {percent(run.train_error)} %{mark}, {run.seconds:.0f} s{_saving(run)}",
+                f"training error {percent(run.train_error)} %{mark}, {run.seconds:.0f} s",
                 soft_wrap=True,
             )
 
@@ -176,16 +176,18 @@ def download_bar(console: Console, name: str, size: int) -> Iterator[Callable[[i
         yield progress
 
 
-def _saving(run: Run) -> str:
-    """What kept features spared: the frozen forward passes of all epochs but the one that computed them."""
-    if not run.features:
+def _saving(runs: Sequence[Mapping[str, Any]]) -> str:
+    """What kept features spared an arm: the frozen forward passes of all epochs but the one that computed them."""
+    computed, seconds = (sum(run[key] for run in runs) for key in ("features_computed", "features_seconds"))
+    images = max(run["features"] for run in runs)
+    if not images:
         return ""
-    if not run.features_computed:
-        return f"; the features of all {run.features:,} images were there: no frozen layer was run"
-    whole = run.features_seconds / run.features_computed * run.features
+    if not computed:
+        return f"the features of all {images:,} images were there: no frozen layer was run"
+    passes = sum(run["features"] * len(run["epochs"]) for run in runs)
     return (
-        f"; features of {run.features_computed:,} images computed in {run.features_seconds:.1f} s and kept, "
-        f"which spares about {whole * len(run.epochs) - run.features_seconds:.0f} s of frozen layers"
+        f"features of {computed:,} images computed in {seconds:.1f} s and kept, "
+        f"which spares about {seconds * passes / computed - seconds:.0f} s of frozen layers"
     )
 
 
@@ -257,6 +259,9 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
         if not found["learned"]:
             reason = "its training error is no better than that of naming the commonest class"
             console.print(Text(f"{arm} {NOT_LEARNED}: {reason}", "yellow"))
+        saving = _saving(found["runs"])
+        if saving:
+            console.print(Text(f"{arm}: {saving}"))
 
 
 def _top1(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -57,6 +57,16 @@ class Val(_Part):
     labels: list[Index]
 
 
+class Asked(_Part):
+    """What was typed."""
+
+    data: Name | None
+    download: bool
+    weights: Name | None
+    plans: list[Name]
+    processes: Annotated[int, Field(ge=1)]
+
+
 class Epoch(_Part):
     """One pass over the training images."""
 
@@ -76,7 +86,30 @@ class OneRun(_Part):
     learned: bool
     average_precision: dict[Name, Fraction | None]
     predicted: list[Index]
+    features: Index
+    features_computed: Index
+    features_seconds: float
     epochs: list[Epoch]
+
+
+class Deviation(_Part):
+    """The deviation of each error over seeds."""
+
+    top1_error: float | None
+    top5_error: float | None
+    any_error: float | None
+    train_error: float | None
+
+
+class Pair(_Part):
+    """The difference between two arms."""
+
+    arm: Name
+    base: Name
+    seeds: list[int]
+    mean: float | None
+    deviation: float | None
+    reason: Name | None
 
 
 class Arm(_Part):
@@ -84,6 +117,11 @@ class Arm(_Part):
 
     plan: Plan
     top1_error: Fraction
+    top5_error: Fraction | None
+    any_error: Fraction
+    train_error: Fraction
+    deviation: Deviation
+    average_precision: dict[Name, Fraction | None]
     learned: bool
     runs: Annotated[list[OneRun], Field(min_length=1)]
 
@@ -92,6 +130,7 @@ class Results(_Part):
     """All that a report reads of ``results.json``; further keys are let pass."""
 
     versions: dict[Name, Name]
+    asked: Asked
     data: Data
     val: Val
     model: Annotated[Name, AfterValidator(_check_model)]
@@ -99,6 +138,7 @@ class Results(_Part):
     label: Name
     settings: dict[Name, Annotated[Any, AfterValidator(_check_setting)]]
     published: dict[Name, Any]
+    pairs: list[Pair]
     arms: Annotated[dict[Name, Arm], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -106,6 +146,8 @@ class Results(_Part):
         classes, images = self.data.classes, len(self.val.files)
         lists = {"val.labels": self.val.labels}
         for arm, found in self.arms.items():
+            if found.average_precision.keys() != set(classes):
+                raise _misfit(f"arms.{arm}: average_precision", "a figure for each class")
             for run in found.runs:
                 where = f"arms.{arm}, seed {run.seed}"
                 lists[f"{where}: predicted"] = run.predicted

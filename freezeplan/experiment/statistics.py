@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from statistics import fmean, stdev
 from typing import Any
 
 from freezeplan.errors import DataError
-from freezeplan.experiment.results import arm_of
 
+ERRORS = ("top1_error", "top5_error", "any_error", "train_error")
 NEUTRAL = frozenset({"device", "threads", "workers", "skip_bad", "cache", "compile"})
 """Settings that change a figure's last digits at most."""
 
@@ -47,26 +48,64 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
 
 
-def error_spread(results: Mapping[str, Any], arm: str, key: str = "top1_error") -> Spread | None:
-    """Return an error of an arm over its seeds; None where there is no such figure (top-5 of few classes)."""
-    values = [run[key] for run in results["arms"][arm]["runs"]]
-    return None if None in values else spread(values)
+def arm_of(plan: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return an arm as it stands in ``results.json``: its plan, means and deviations over its runs, the runs.
+
+    A figure that one of the runs lacks has neither: top-5 of few classes, the precision of a class without images.
+    """
+    spreads = {key: _over([run[key] for run in runs]) for key in ERRORS}
+    classes = {name: _over([run["average_precision"][name] for run in runs]) for name in runs[0]["average_precision"]}
+    return {
+        "plan": dict(plan),
+        **{key: found and found.mean for key, found in spreads.items()},
+        "deviation": {key: found and found.deviation for key, found in spreads.items()},
+        "average_precision": {name: found and found.mean for name, found in classes.items()},
+        "learned": all(run["learned"] for run in runs),
+        "runs": list(runs),
+    }
 
 
-def paired(results: Mapping[str, Any], arm: str, base: str, key: str = "top1_error") -> Spread | None:
-    """Return an arm's error minus that of another, seed by seed; None if they share no seed.
+def _over(values: Sequence[float | None]) -> Spread | None:
+    known = [value for value in values if value is not None]
+    return spread(known) if len(known) == len(values) else None
 
-    Seeds share the head's values and the order of images, so the difference spreads less than either error.
+
+def pairs(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the difference in top-1 error between any two arms, seed by seed: the later arm's minus the earlier's.
+
+    Seeds share the head's values and the order of images, so a difference spreads less than either error. Where an arm
+    did not learn there is no difference, but the ``reason``.
+
+    Args:
+        arms: What ``arm_of`` returned, by name.
 
     Examples:
-        >>> arms = {"a": {"runs": [{"seed": 0, "e": 0.25}, {"seed": 1, "e": 0.5}]},
-        ...         "b": {"runs": [{"seed": 0, "e": 0.5}, {"seed": 1, "e": 0.75}]}}
-        >>> paired({"arms": arms}, "a", "b", "e")
-        Spread(mean=-0.25, deviation=0.0, seeds=2)
+        >>> runs = [{"seed": 0, "top1_error": 0.5}, {"seed": 1, "top1_error": 0.75}]
+        >>> fewer = [{"seed": 1, "top1_error": 0.25}]
+        >>> arms = {"a": {"learned": True, "runs": runs}, "b": {"learned": True, "runs": fewer}}
+        >>> pairs(arms)
+        [{'arm': 'b', 'base': 'a', 'seeds': [1], 'mean': -0.5, 'deviation': None, 'reason': None}]
+        >>> pairs({**arms, "a": {"learned": False, "runs": runs}})[0]["reason"]
+        'a did not learn'
     """
-    mine, theirs = ({run["seed"]: run[key] for run in results["arms"][name]["runs"]} for name in (arm, base))
-    both = [mine[seed] - theirs[seed] for seed in mine if seed in theirs and mine[seed] is not None]
-    return spread(both) if both else None
+    found = []
+    for base, arm in combinations(arms, 2):
+        theirs, mine = ({run["seed"]: run["top1_error"] for run in arms[name]["runs"]} for name in (base, arm))
+        seeds = sorted(mine.keys() & theirs.keys())
+        idle = [name for name in (base, arm) if not arms[name]["learned"]]
+        reason = f"{' and '.join(idle)} did not learn" if idle else None if seeds else "no seed in common"
+        difference = None if reason else spread([mine[seed] - theirs[seed] for seed in seeds])
+        found.append(
+            {
+                "arm": arm,
+                "base": base,
+                "seeds": seeds,
+                "mean": difference and difference.mean,
+                "deviation": difference and difference.deviation,
+                "reason": reason,
+            }
+        )
+    return found
 
 
 def confusion(results: Mapping[str, Any], arm: str) -> list[list[int]]:
@@ -85,13 +124,12 @@ def class_errors(results: Mapping[str, Any], arm: str) -> dict[str, float | None
     return {name: 1 - row[index] / sum(row) if sum(row) else None for index, (name, row) in enumerate(rows)}
 
 
-def mistakes(results: Mapping[str, Any], arm: str, limit: int) -> list[Mistake]:
+def mistakes(results: Mapping[str, Any], arm: str) -> list[Mistake]:
     """Return images that an arm gets wrong with its first seed and another arm right, most arms first.
 
     Args:
         results: What ``results.summarise`` returned.
         arm: The arm.
-        limit: How many at most.
     """
     classes, labels = results["data"]["classes"], results["val"]["labels"]
     first = {name: found["runs"][0]["predicted"] for name, found in results["arms"].items()}
@@ -106,7 +144,7 @@ def mistakes(results: Mapping[str, Any], arm: str, limit: int) -> list[Mistake]:
         if first[arm][row] != label
     ]
     shared = [mistake for mistake in found if mistake.right]
-    return sorted(shared, key=lambda mistake: -len(mistake.right))[:limit]
+    return sorted(shared, key=lambda mistake: -len(mistake.right))
 
 
 def merge(found: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
@@ -114,6 +152,10 @@ def merge(found: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
 
     Args:
         found: Where a run is from, and its ``results.json``.
+
+    Returns:
+        What ``results.summarise`` returns, but for ``versions`` and ``asked``, which may differ; in ``origins`` the
+        runs as they were, by where they are from. Settings are the first run's where they change no figure.
 
     Raises:
         DataError: If two of them are of other data, another model or other settings, or hold the same arm and seed.
@@ -142,7 +184,8 @@ def merge(found: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
     for _, results in found:
         published |= results["published"]
     arms = {arm: arm_of(plan, [runs[arm][seed] for seed in sorted(runs[arm])]) for arm, plan in plans.items()}
-    return {**first, "published": published, "arms": arms}
+    whole = {key: value for key, value in first.items() if key not in ("versions", "asked")}
+    return {**whole, "published": published, "pairs": pairs(arms), "arms": arms, "origins": dict(found)}
 
 
 def _facts(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

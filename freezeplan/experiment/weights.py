@@ -20,6 +20,9 @@ from freezeplan.zoo import create_model, describe, is_timm, title
 LECTURE = {"vgg16": "vgg16_fc256", "vgg16_fc256": "vgg16_fc256", "vgg16_slim_fc256": "vgg16_slim_fc256"}
 """Models with the lecture's head: name -> the architecture that is built. They take ``features.*`` from weights."""
 
+SAMPLE_MODEL = "vgg16_slim_fc256"
+"""What the embedded sample is run with."""
+
 
 def default_image_size(name: str) -> int:
     """Return the width in pixels of the images that a model was trained on, as timm knows it. Downloads nothing.
