@@ -349,9 +349,9 @@ def run(
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Base learning rate.", show_default="0.0005")] = None,
     optimizer: Annotated[
-        Literal["rmsprop-tf1", "rmsprop"] | None,
+        Literal["rmsprop-tf1", "rmsprop", "adamw", "sgd"] | None,
         typer.Option(
-            help="RMSProp as TensorFlow 1 computes it, or torch's.",
+            help="RMSProp as TensorFlow 1 computes it, or torch's; AdamW or SGD, fused.",
             show_default="rmsprop-tf1 for vgg16 and the sample, else rmsprop",
         ),
     ] = None,
@@ -373,6 +373,22 @@ def run(
         Literal["largest", "first"] | None,
         typer.Option(help="An image's class: of its largest box or its first object.", show_default="largest"),
     ] = None,
+    augment: Annotated[
+        Literal["none", "flip", "crop-flip"] | None,
+        typer.Option(help="Change training images at random, on the device.", show_default="none"),
+    ] = None,
+    normalise: Annotated[
+        Literal["weights", "imagenet", "half", "bgr-mean"] | None,
+        typer.Option(help="Normalisation of the input.", show_default="weights: as they were trained"),
+    ] = None,
+    flatten: Annotated[
+        Literal["chw", "hwc"] | None,
+        typer.Option(help="Order in which VGG16's pool5 is flattened.", show_default="chw"),
+    ] = None,
+    resize: Annotated[
+        Literal["squash", "center-crop"] | None,
+        typer.Option(help="How an image becomes square: all of it, or its middle.", show_default="squash"),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where results go.", show_default="runs/voc_vgg16-DATE-TIME")
     ] = None,
@@ -383,10 +399,22 @@ def run(
         bool,
         typer.Option("--cache/--no-cache", help="Run frozen layers once an image and keep the features on disk."),
     ] = True,
+    cache_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where features are.", show_default="the user's cache folder")
+    ] = None,
+    cache_limit: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What it may hold, such as 20G.", show_default="the disk")
+    ] = None,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last/--no-channels-last", help="Order in memory: convolutions run faster on it.")
+    ] = True,
     compile: Annotated[
         bool, typer.Option("--compile", help="Use torch.compile: pays where an epoch takes minutes.")
     ] = False,
-    amp: Annotated[Literal["bf16"] | None, typer.Option(help="Autocast to bfloat16.", show_default="float32")] = None,
+    amp: Annotated[
+        Literal["bf16", "fp16"] | None,
+        typer.Option(help="Autocast; fp16 with a scaled loss.", show_default="float32"),
+    ] = None,
     settings: Annotated[
         Path | None,
         typer.Option(
@@ -423,11 +451,18 @@ def run(
         workers=workers,
         threads=threads,
         label=label,
+        augment=augment,
+        normalise=normalise,
+        flatten=flatten,
+        resize=resize,
         out=out,
         overwrite=overwrite,
         resume=resume,
         skip_bad=skip_bad,
         cache=cache,
+        cache_dir=cache_dir,
+        cache_limit=cache_limit,
+        channels_last=channels_last,
         compile=compile,
         amp=amp,
     )

@@ -48,7 +48,7 @@ def split(count: int) -> Split:
     labels = torch.arange(count) % 3
     noise = torch.randint(0, 80, (count, 3, 160, 160), generator=random)
     images = (noise + labels[:, None, None, None] * 80).to(torch.uint8)
-    return Split(images, labels, nn.functional.one_hot(labels, 3))
+    return Split(images, {"largest": labels, "first": labels}, nn.functional.one_hot(labels, 3), "largest")
 
 
 def train(processes: Processes, arm: str, model: str, progress: Recorder, **changes: Any) -> Run:

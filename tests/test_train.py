@@ -57,7 +57,7 @@ def split(count: int = 20, classes: int = 2) -> Split:
     """Images of one colour a class."""
     labels = torch.arange(count) % classes
     images = (labels[:, None, None, None] * (255 // (classes - 1))).expand(-1, 3, 16, 16).to(torch.uint8).contiguous()
-    return Split(images, labels, nn.functional.one_hot(labels, classes))
+    return Split(images, {"largest": labels, "first": labels}, nn.functional.one_hot(labels, classes), "largest")
 
 
 def start(classes: int = 2, seed: int = 0, weights: str | Path = "random", model: str = MODEL) -> nn.Module:
@@ -341,10 +341,13 @@ def test_errors_of_six_classes() -> None:
     present = torch.tensor([[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, -1], [1, 0, 0, 0, 0, 1]])
     images = torch.zeros(3, 3, 1, 1)
 
-    measured = measure(logits, Split(images, torch.tensor([0, 1, 5]), present))
+    by_rule = {"largest": torch.tensor([0, 1, 5]), "first": torch.tensor([0, 5, 0])}
+    measured = measure(logits, Split(images, by_rule, present, "largest"))  # type: ignore[arg-type]
 
     assert measured.top1_error == pytest.approx(2 / 3)
     assert measured.top5_error == pytest.approx(1 / 3)
+    assert measured.largest_error == measured.top1_error
+    assert measured.first_error == 0
     assert measured.any_error == 0
     assert measured.average_precision[0] == 1
     assert measured.average_precision[2:5] == (None, None, None)

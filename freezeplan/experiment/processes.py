@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor, distributed
 from freezeplan.errors import FreezePlanError
 
 T = TypeVar("T")
+PATIENCE = timedelta(hours=12)
+"""How long the others are waited for: one may be reading images, or computing features, much longer than the rest. That
+a process has ended is noticed at once, without it: its connection closes, or torchrun ends the others."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def join(*, cuda: bool) -> Processes:
     if not distributed.is_initialized():
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group("nccl" if cuda else "gloo")
+        distributed.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
         atexit.register(distributed.destroy_process_group)
     return Processes(distributed.get_rank(), distributed.get_world_size())
 

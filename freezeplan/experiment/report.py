@@ -20,7 +20,7 @@ from freezeplan.errors import DataError, OutputError
 from freezeplan.experiment import statistics
 from freezeplan.experiment.arms import ARMS, PUBLISHED
 from freezeplan.experiment.results import COLOURS, to_svg
-from freezeplan.experiment.screen import percent
+from freezeplan.experiment.screen import LABELS, percent
 from freezeplan.experiment.weights import LECTURE
 from freezeplan.load import load_plan
 from freezeplan.picture import draw
@@ -29,6 +29,11 @@ from freezeplan.resolve import resolve
 NAME = "report.html"
 SIDE = 96
 """Of a photo in the gallery, in pixels."""
+DECISIVE = (
+    "epochs", "batch_size", "image_size", "lr", "optimizer", "label", "augment", "normalise", "flatten", "resize",
+    "clip", "warmup", "amp",
+)  # fmt: skip
+"""Settings that a command has to name to repeat a run."""
 PHOTOS = 8
 """In the gallery of an arm."""
 
@@ -65,16 +70,20 @@ def to_html(results: Mapping[str, Any], photos: Mapping[str, Sequence[Mapping[st
     environment.filters |= {"percent": percent, "spread": spread_text, "points": _points}
     arms = list(results["arms"])
     base = "scratch" if "scratch" in arms else arms[0]
+    other = "first" if results["label"] == "largest" else "largest"
     seeds = max(len(found["runs"]) for found in results["arms"].values())
     return environment.get_template(f"{NAME}.jinja").render(
         results=results,
         seeds=seeds,
+        other=other,
+        labels=LABELS,
         base=base,
         colours=dict(zip(arms, cycle(COLOURS), strict=False)),
         published={arm: PUBLISHED[arm] for arm in arms if arm in PUBLISHED},
         errors={
-            arm: [statistics.error_spread(results, arm, key) for key in ("top1_error", "top5_error", "any_error")]
-            + [statistics.error_spread(results, arm, "train_error")]
+            arm: [
+                statistics.error_spread(results, arm, f"{key}_error") for key in ("top1", "top5", other, "any", "train")
+            ]
             for arm in arms
         },
         paired={arm: statistics.paired(results, arm, base) for arm in arms if arm != base} if seeds > 1 else {},
@@ -122,7 +131,7 @@ def repeat(results: Mapping[str, Any]) -> str:
         words += ["--arm", arm] if arm in ARMS else ["--plan", arm]
     for seed in sorted({run["seed"] for found in results["arms"].values() for run in found["runs"]}):
         words += ["--seed", str(seed)]
-    for name in ("epochs", "batch_size", "image_size", "lr", "optimizer", "label", "clip", "warmup", "amp"):
+    for name in DECISIVE:
         value = results["settings"].get(name)
         if value:
             words += [f"--{name.replace('_', '-')}", str(value)]

@@ -26,7 +26,7 @@ from freezeplan.experiment.train import Run, Settings
 from freezeplan.experiment.voc import VocData
 
 FILES = ("results.json", "results.csv", "curves.png")
-ERRORS = ("top1_error", "top5_error", "any_error", "train_error")
+ERRORS = ("top1_error", "top5_error", "largest_error", "first_error", "any_error", "train_error")
 COLUMNS = ("arm", "seed", *ERRORS, "mean_average_precision", "learned", "epochs", "seconds")
 COLOURS = (
     "#0072b2",
@@ -214,6 +214,8 @@ def _run(run: Run, classes: tuple[str, ...]) -> dict[str, Any]:
         "seed": run.seed,
         "top1_error": run.val.top1_error,
         "top5_error": run.val.top5_error,
+        "largest_error": run.val.largest_error,
+        "first_error": run.val.first_error,
         "any_error": run.val.any_error,
         "train_error": run.train_error,
         "learned": run.learned,

@@ -10,7 +10,9 @@ from typing import Any
 from freezeplan.errors import DataError
 from freezeplan.experiment.results import arm_of
 
-NEUTRAL = frozenset({"device", "threads", "workers", "skip_bad", "cache", "compile"})
+NEUTRAL = frozenset(
+    {"device", "threads", "workers", "skip_bad", "cache", "cache_dir", "cache_limit", "channels_last", "compile"}
+)
 """Settings that change a figure's last digits at most."""
 
 
