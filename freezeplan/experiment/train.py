@@ -543,7 +543,9 @@ def _average_statistics(module: nn.Module, processes: Processes) -> None:
 
 
 def _autocast(settings: Settings, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, _NUMBERS[settings.amp][0], enabled=settings.amp is not None)
+    # Over a whole training: what is cached in the first step would be the weights of all others.
+    dtype, _ = _NUMBERS[settings.amp]
+    return torch.autocast(device.type, dtype, enabled=settings.amp is not None, cache_enabled=False)
 
 
 @contextmanager
