@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
 from freezeplan.errors import FreezePlanError, ModelError
+from freezeplan.experiment import processes
 from freezeplan.experiment.arms import load_arms
 from freezeplan.experiment.processes import Processes, join
 from freezeplan.experiment.train import Epoch, Run, Settings, train_arm
@@ -89,6 +90,20 @@ def test_one_process_is_alone() -> None:
     assert value.tolist() == [1, 1]
     with alone.in_turn():
         assert alone.first
+
+
+def test_the_others_are_waited_for_longer_than_torch_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's ten minutes with NCCL would end a run in which one process reads or computes longer than the others."""
+    asked: list[Any] = []
+    monkeypatch.setattr(distributed, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(distributed, "init_process_group", lambda backend, timeout: asked.append((backend, timeout)))
+    monkeypatch.setattr(distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(processes.atexit, "register", lambda _: None)
+
+    assert join(cuda=False) == Processes(1, 3)
+    assert asked == [("gloo", processes.PATIENCE)]
+    assert processes.PATIENCE.total_seconds() >= 2 * 3600
 
 
 def test_fewer_images_than_processes_are_refused() -> None:
@@ -177,6 +192,7 @@ def test_torchrun_is_killed_and_goes_on(tmp_path: Path) -> None:
     os.kill(children(cut.pid)[1], signal.SIGKILL)
     said, _ = cut.communicate(timeout=200)
     assert cut.returncode != 0
+    assert "another process of this run has ended" in said
     assert not (tmp_path / "cut" / "results.json").exists()
 
     again = start(tmp_path / "cut", "--resume")

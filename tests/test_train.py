@@ -20,6 +20,7 @@ from freezeplan import FreezePlanWarning, Plan, load_plan
 from freezeplan.errors import ModelError, WeightsError
 from freezeplan.experiment.arms import load_arms
 from freezeplan.experiment.checkpoint import Checkpoint
+from freezeplan.experiment.model import VGG16_SLIM
 from freezeplan.experiment.pixels import Normalise, Pixels, draw, moved
 from freezeplan.experiment.train import (
     Amp,
@@ -113,6 +114,23 @@ def test_vgg16_takes_its_features_and_nothing_else(tmp_path: Path) -> None:
 
     assert torch.equal(model.features[0].weight, source.features[0].weight)
     assert not torch.equal(model.pre_logits.fc.weight, source.pre_logits.fc.weight)
+
+
+def test_vgg16_takes_torchvisions_checkpoint(tmp_path: Path) -> None:
+    """A ``.pth`` of its layout, at an eighth of the width; the full one has the names and shapes of timm's."""
+    vgg = pytest.importorskip("torchvision.models.vgg")
+    with torch.device("meta"):
+        names = {name: tuple(value.shape) for name, value in vgg.vgg16().state_dict().items()}
+    mine = create_model("vgg16", meta=True).state_dict()
+    source = vgg.make_layers(list(VGG16_SLIM)).state_dict(prefix="features.")
+    torch.save({**source, "classifier.0.weight": torch.zeros(3, 7)}, tmp_path / "vgg16.pth")
+
+    model = build("vgg16_slim_fc256", classes=3, image_size=64, weights=tmp_path / "vgg16.pth", seed=0)
+
+    features = {name: shape for name, shape in names.items() if name.startswith("features.")}
+    assert features == {name: tuple(value.shape) for name, value in mine.items() if name.startswith("features.")}
+    assert source.keys() == features.keys()
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in source.items())
 
 
 def test_building_leaves_the_random_state_alone() -> None:
