@@ -64,7 +64,7 @@ def split(count: int) -> Split:
 
 
 def train(
-    arm: str = "low_conv_lr", progress: Recorder | None = None, given: dict[str, Any] | None = None, **changes: Any
+    arm: str = "low_conv_lr", progress: Recorder | None = None, checkpoint: Checkpoint | None = None, **changes: Any
 ) -> Run:
     model = build("vgg16_slim_fc256", classes=3, image_size=64, weights="random", seed=0).cuda()
     return train_arm(
@@ -81,14 +81,10 @@ def losses(run: Run) -> list[float]:
     ("changes", "tolerance"),
     [
         ({"amp": "bf16"}, 0.1),
-        ({"amp": "fp16"}, 0.1),
+        ({"amp": "fp16"}, 0.3),  # its first steps may be left out, until the scale fits
         ({"amp": "fp16", "clip": 1.0}, 0.5),
         ({"channels_last": False}, 0.02),
-        pytest.param(
-            {"compile": True},
-            0.02,
-            marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
-        ),
+        pytest.param({"compile": True}, 0.02, marks=compiler),
     ],
 )
 @pytest.mark.parametrize("arm", ["frozen_convs", "low_conv_lr"])
@@ -97,6 +93,7 @@ def test_a_switch_is_near_float32(arm: str, changes: dict[str, Any], tolerance: 
     plain, switched = train(arm), train(arm, **changes)
 
     assert losses(switched) == pytest.approx(losses(plain), rel=tolerance)
+    assert losses(switched)[-1] < losses(switched)[0]
     assert (switched.features > 0) == (arm == "frozen_convs")
 
 
@@ -108,11 +105,11 @@ def test_an_optimizer_learns(optimizer: str) -> None:
 
 
 @pytest.mark.parametrize("augment", ["flip", "crop-flip"])
-def test_augmentation_draws_what_the_cpu_does(augment: str) -> None:
-    gpu, again = train(augment=augment), train(augment=augment)
+def test_an_augmented_run_is_the_same_again_and_another_than_the_plain_one(augment: str) -> None:
+    first, again = train(augment=augment), train(augment=augment)
 
-    assert losses(gpu) == pytest.approx(losses(again), rel=1e-3)
-    assert losses(gpu) != pytest.approx(losses(train()), rel=1e-6)
+    assert losses(first) == pytest.approx(losses(again), rel=1e-3)
+    assert losses(first) != pytest.approx(losses(train()), rel=1e-6)
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:

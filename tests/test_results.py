@@ -66,6 +66,8 @@ def test_results_have_the_agreed_shape() -> None:
         "seed": 0,
         "top1_error": 0.5,
         "top5_error": None,
+        "largest_error": 0.5,
+        "first_error": 0.45,
         "any_error": 0.25,
         "train_error": 0.125,
         "learned": True,
