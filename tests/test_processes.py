@@ -92,7 +92,7 @@ def test_one_process_is_alone() -> None:
         assert alone.first
 
 
-def test_the_others_are_waited_for_longer_than_torch_would(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_others_are_waited_for_longer_and_torchruns_signal_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's ten minutes with NCCL would end a run in which one process reads or computes longer than the others."""
     asked: list[Any] = []
     monkeypatch.setattr(distributed, "is_torchelastic_launched", lambda: True)
@@ -100,10 +100,20 @@ def test_the_others_are_waited_for_longer_than_torch_would(monkeypatch: pytest.M
     monkeypatch.setattr(distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(distributed, "get_world_size", lambda: 3)
     monkeypatch.setattr(processes.atexit, "register", lambda _: None)
+    told: list[Any] = []
+    monkeypatch.setattr(processes.signal, "signal", lambda number, handler: told.append((number, handler)))
 
     assert join(cuda=False) == Processes(1, 3)
     assert asked == [("gloo", processes.PATIENCE)]
     assert processes.PATIENCE.total_seconds() >= 2 * 3600
+    (number, handler) = told[0]
+    assert number == signal.SIGTERM
+    with pytest.raises(FreezePlanError) as raised:
+        handler()
+    assert str(raised.value) == (
+        "torchrun was stopped, or another process of this run has ended\n"
+        "  what it said is above; go on with the same command and --resume --out DIR"
+    )
 
 
 def test_fewer_images_than_processes_are_refused() -> None:

@@ -214,9 +214,9 @@ def train_arm(
         torch.manual_seed(seed)
         optimizer = make_optimizer(settings.optimizer, applied.param_groups, lr=settings.lr)
         applied.attach(optimizer)
-        if settings.compile:
-            optimizer.step = torch.compile(optimizer.step)  # type: ignore[method-assign, assignment]
         schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (settings.warmup or 1)))
+        if settings.compile:  # after the scheduler, which wraps a plain method alone
+            optimizer.step = torch.compile(optimizer.step)  # type: ignore[method-assign, assignment]
         scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
         trainable = list(applied.trainable_parameters())
         order, moves = (torch.Generator().manual_seed(seed) for _ in range(2))
