@@ -13,10 +13,14 @@ from freezeplan.options import AsJson, one_of, print_json
 from freezeplan.settings_file import use_settings
 
 Experiment = Literal["voc_vgg16"]
-OptimizerName = Literal["rmsprop-tf1", "rmsprop"]
+OptimizerName = Literal["rmsprop-tf1", "rmsprop", "adamw", "sgd"]
 Device = Literal["auto", "cpu", "cuda"]
 LabelRule = Literal["largest", "first"]
-Amp = Literal["bf16"]
+Amp = Literal["bf16", "fp16"]
+Augment = Literal["none", "flip", "crop-flip"]
+Normalise = Literal["weights", "imagenet", "half", "bgr-mean"]
+Flatten = Literal["chw", "hwc"]
+Resize = Literal["squash", "center-crop"]
 # Stated here and not imported: the experiment brings torch with it, and --help should not wait for that.
 EPOCHS = "20; sample: 25"
 BATCH_SIZE = "32; sample: 16"
@@ -97,7 +101,7 @@ def run(
         OptimizerName | None,
         typer.Option(
             **one_of(OptimizerName),
-            help="RMSProp as TensorFlow 1 computes it, or torch's.",
+            help="RMSProp as TensorFlow 1 computes it, or torch's; AdamW or SGD, fused.",
             show_default="rmsprop-tf1 for vgg16 and the sample, else rmsprop",
         ),
     ] = None,
@@ -123,6 +127,26 @@ def run(
             show_default="largest",
         ),
     ] = None,
+    augment: Annotated[
+        Augment | None,
+        typer.Option(**one_of(Augment), help="Change training images at random, on the device.", show_default="none"),
+    ] = None,
+    normalise: Annotated[
+        Normalise | None,
+        typer.Option(
+            **one_of(Normalise), help="Normalisation of the input.", show_default="weights: as they were trained"
+        ),
+    ] = None,
+    flatten: Annotated[
+        Flatten | None,
+        typer.Option(**one_of(Flatten), help="Order in which VGG16's pool5 is flattened.", show_default="chw"),
+    ] = None,
+    resize: Annotated[
+        Resize | None,
+        typer.Option(
+            **one_of(Resize), help="How an image becomes square: all of it, or its middle.", show_default="squash"
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where results go.", show_default="runs/voc_vgg16-DATE-TIME")
     ] = None,
@@ -133,11 +157,20 @@ def run(
         bool,
         typer.Option("--cache/--no-cache", help="Run frozen layers once an image and keep the features on disk."),
     ] = True,
+    cache_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where features are.", show_default="the user's cache folder")
+    ] = None,
+    cache_limit: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What it may hold, such as 20G.", show_default="the disk")
+    ] = None,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last/--no-channels-last", help="Order in memory: convolutions run faster on it.")
+    ] = True,
     compile: Annotated[
         bool, typer.Option("--compile", help="Use torch.compile: pays where an epoch takes minutes.")
     ] = False,
     amp: Annotated[
-        Amp | None, typer.Option(**one_of(Amp), help="Autocast to bfloat16.", show_default="float32")
+        Amp | None, typer.Option(**one_of(Amp), help="Autocast; fp16 with a scaled loss.", show_default="float32")
     ] = None,
     settings: Annotated[
         Path | None,

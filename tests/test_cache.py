@@ -688,15 +688,15 @@ def test_what_cannot_be_removed_is_named(live, tmp_path, monkeypatch):
 
 
 def test_what_killed_processes_left_goes_with_the_next_write(live, tmp_path):
-    """Files under a temporary name have the process's number; the one who writes the shard takes them away."""
+    """The one who writes the shard again writes over a half-written one."""
     live.cached(data(), tmp_path)
     shard = max(tmp_path.glob("*/*.safetensors"))
-    shard.with_suffix(".1.tmp").write_bytes(b"half")
+    shard.with_name(f".{shard.name}.part").write_bytes(b"half")
     shard.unlink()
     live.cached(data(), tmp_path)
 
     assert shard.exists()
-    assert not list(tmp_path.glob("*/*.tmp"))
+    assert not list(tmp_path.glob("*/.*.part"))
 
 
 WORK = """

@@ -347,11 +347,21 @@ def test_a_folder_that_cannot_be_written(server: Server, tmp_path: Path) -> None
     )
 
 
-def test_two_at_once(server: Server, tmp_path: Path) -> None:
-    with filelock.FileLock(tmp_path / "voc.tar.part.lock"):
-        found = refusal(server, tmp_path)
+def test_two_at_once_the_second_waits_and_sees_the_first_get_on(server: Server, tmp_path: Path) -> None:
+    """As the processes of a machine do under torchrun: one downloads, and the other then finds the file."""
+    (tmp_path / "voc.tar.part").write_bytes(CONTENT[:5000])
+    told: list[int] = []
 
-    assert found == f"{tmp_path / 'voc.tar'}: another process is downloading it\n  wait for it"
+    def first_finishes(done: int) -> None:
+        told.append(done)
+        (tmp_path / "voc.tar").write_bytes(CONTENT)
+        lock.release()
+
+    lock = filelock.FileLock(tmp_path / "voc.tar.part.lock")
+    lock.acquire()
+    path = get(server, tmp_path, progress=first_finishes)
+
+    assert (path.read_bytes(), told, server.asked) == (CONTENT, [5000], [])
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
 from freezeplan.errors import FreezePlanError, ModelError
+from freezeplan.experiment import processes
 from freezeplan.experiment.arms import load_arms
 from freezeplan.experiment.processes import Processes, join
 from freezeplan.experiment.train import Epoch, Run, Settings, train_arm
@@ -48,7 +49,7 @@ def split(count: int) -> Split:
     labels = torch.arange(count) % 3
     noise = torch.randint(0, 80, (count, 3, 160, 160), generator=random)
     images = (noise + labels[:, None, None, None] * 80).to(torch.uint8)
-    return Split(images, labels, nn.functional.one_hot(labels, 3))
+    return Split(images, {"largest": labels, "first": labels}, nn.functional.one_hot(labels, 3), "largest")
 
 
 def train(processes: Processes, arm: str, model: str, progress: Recorder, **changes: Any) -> Run:
@@ -89,6 +90,30 @@ def test_one_process_is_alone() -> None:
     assert value.tolist() == [1, 1]
     with alone.in_turn():
         assert alone.first
+
+
+def test_the_others_are_waited_for_longer_and_torchruns_signal_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's ten minutes with NCCL would end a run in which one process reads or computes longer than the others."""
+    asked: list[Any] = []
+    monkeypatch.setattr(distributed, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(distributed, "init_process_group", lambda backend, timeout: asked.append((backend, timeout)))
+    monkeypatch.setattr(distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(processes.atexit, "register", lambda _: None)
+    told: list[Any] = []
+    monkeypatch.setattr(processes.signal, "signal", lambda number, handler: told.append((number, handler)))
+
+    assert join(cuda=False) == Processes(1, 3)
+    assert asked == [("gloo", processes.PATIENCE)]
+    assert processes.PATIENCE.total_seconds() >= 2 * 3600
+    (number, handler) = told[0]
+    assert number == signal.SIGTERM
+    with pytest.raises(FreezePlanError) as raised:
+        handler()
+    assert str(raised.value) == (
+        "torchrun was stopped, or another process of this run has ended\n"
+        "  what it said is above; go on with the same command and --resume --out DIR"
+    )
 
 
 def test_fewer_images_than_processes_are_refused() -> None:
@@ -177,6 +202,7 @@ def test_torchrun_is_killed_and_goes_on(tmp_path: Path) -> None:
     os.kill(children(cut.pid)[1], signal.SIGKILL)
     said, _ = cut.communicate(timeout=200)
     assert cut.returncode != 0
+    assert "another process of this run has ended" in said
     assert not (tmp_path / "cut" / "results.json").exists()
 
     again = start(tmp_path / "cut", "--resume")

@@ -39,7 +39,9 @@ ASKED = {"data": "pets.tar", "download": False, "weights": "random", "plans": []
 def run(seed: int, predicted: tuple[int, ...]) -> Run:
     wrong = sum(a != b for a, b in zip(predicted, LABELS, strict=True)) / len(LABELS)
     epochs = tuple(Epoch(number, 1.0 / number, wrong, 1.0, 0.5) for number in (1, 2))
-    return Run(seed, epochs, Measured(wrong, None, wrong, (0.5, 0.25, None)), 0.1, True, 4.0, predicted=predicted)
+    return Run(
+        seed, epochs, Measured(wrong, None, wrong, (0.5, 0.25, None), wrong, wrong), 0.1, True, 4.0, predicted=predicted
+    )
 
 
 def results(runs: Mapping[str, tuple[Run, ...]], classes: tuple[str, ...] = ("cat", "dog", "owl")) -> dict[str, Any]:

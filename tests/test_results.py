@@ -27,7 +27,7 @@ VAL = tuple((f"JPEGImages/{number}.jpg", number % 2) for number in range(2, 8))
 
 def run(seed: int, error: float, *, loss: float = 0.5, learned: bool = True) -> Run:
     epochs = tuple(Epoch(number, loss / number, error, 1.5, 0.5) for number in (1, 2))
-    measured = Measured(error, None, error / 2, (0.5, None))
+    measured = Measured(error, None, error / 2, (0.5, None), error, error * 0.9)
     return Run(seed, epochs, measured, error / 4, learned, 4.0, predicted=(0, 1, 1, 0, 1, seed))
 
 
@@ -76,6 +76,8 @@ def test_results_have_the_agreed_shape() -> None:
         "seed": 0,
         "top1_error": 0.5,
         "top5_error": None,
+        "largest_error": 0.5,
+        "first_error": 0.45,
         "any_error": 0.25,
         "train_error": 0.125,
         "learned": True,

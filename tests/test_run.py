@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import io
 import json
 import re
 import shlex
+import shutil
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -25,11 +27,14 @@ from freezeplan.errors import DataError, FreezePlanError, ModelError, OutputErro
 from freezeplan.experiment import arms, command
 from freezeplan.experiment.arms import ARMS
 from freezeplan.experiment.command import voc_vgg16
+from freezeplan.experiment.download import VOC2012
 from freezeplan.experiment.report import NAME, repeat
 from freezeplan.experiment.results import FILES
 from freezeplan.experiment.sample import write_sample
 from freezeplan.experiment.screen import print_results
 from freezeplan.experiment.train import Run, Settings
+from freezeplan.experiment.voc import load_split, read_voc
+from freezeplan.zoo import create_model
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 QUICK: dict[str, Any] = {
@@ -59,8 +64,10 @@ def test_a_run_prints_its_figures_and_writes_them(
     assert found["settings"]["epochs"] == 1
     assert (found["data"]["name"], found["data"]["sample"], found["label"]) == ("VOCdevkit", False, "largest")
     assert all([run["seed"] for run in arm["runs"]] == [0, 1] for arm in found["arms"].values())
-    assert "optimizer   rmsprop  (default)" in printed.out
-    assert "image-size  16" in [line.rstrip() for line in printed.out.splitlines()]
+    lines = [" ".join(line.split()) for line in printed.out.splitlines()]
+    assert {"optimizer rmsprop (default)", "image-size 16", "augment none (default)"} <= set(lines)
+    assert "loss softmax cross-entropy (fixed)" in lines
+    assert found["settings"]["normalisation"] == "RGB, less 0.5, 0.5, 0.5, by 0.5, 0.5, 0.5"
     assert "19.1" in printed.out
     assert "mean ± standard deviation of 2 seeds" in " ".join(printed.out.split())
     assert f"Written to {out}" in printed.out
@@ -138,6 +145,8 @@ def test_narrow_screens_and_no_colour(
         ({"epochs": 0}, FreezePlanError, "--epochs is a whole number of at least 1, found 0"),
         ({"lr": 0.0}, FreezePlanError, "--lr is a number above 0, found 0"),
         ({"clip": float("nan")}, FreezePlanError, "--clip is a number above 0, found nan"),
+        ({"cache_limit": "much"}, FreezePlanError, "--cache-limit is a size above 0, found 'much'"),
+        ({"flatten": "hwc"}, FreezePlanError, "--flatten: test_resnet flattens nothing"),
         ({"device": "cuda"}, FreezePlanError, "--device cuda: torch finds no CUDA device"),
     ],
 )
@@ -290,7 +299,7 @@ def test_what_freezes_the_same_shares_its_features_and_all_share_the_decoded_ima
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_what_kept_features_spared_is_printed_on_a_terminal_too(terminal: bool) -> None:
-    once = {"seed": 0, "top1_error": 0.5, "features": 40, "epochs": [{}, {}, {}]}
+    once = {"seed": 0, "top1_error": 0.5, "features": 40, "features_epochs": 3}
     runs = [
         {**once, "features_computed": 40, "features_seconds": 2.0},
         {**once, "features_computed": 0, "features_seconds": 0.0},
@@ -305,6 +314,122 @@ def test_what_kept_features_spared_is_printed_on_a_terminal_too(terminal: bool) 
 
     assert console.export_text().splitlines()[-1] == (
         "kept: features of 40 images computed in 2.0 s and kept, which spares about 10 s of frozen layers"
+    )
+
+
+def test_errors_are_measured_under_both_rules_and_any(voc: Path, tmp_path: Path) -> None:
+    """The first validation image shows a small object first and a large one of another class behind it."""
+    data = read_voc(voc)
+    photo = data.val[0]
+    small = next(name for name in data.classes if name != photo.objects[0].name)
+    copied = tmp_path / "voc"
+    shutil.copytree(voc, copied)
+    path = copied / "VOC2012" / "Annotations" / f"{photo.id}.xml"
+    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox>"
+    text = path.read_text().replace("<object>", f"<object><name>{small}</name>{box}</object><object>", 1)
+    path.write_text(text)
+
+    out = voc_vgg16(data=copied, out=tmp_path / "out", arm=["frozen_convs"], **QUICK)
+
+    run = json.loads((out / "results.json").read_text())["arms"]["frozen_convs"]["runs"][0]
+    split = load_split(read_voc(copied), "val", image_size=16, rule="largest")
+    by_rule = {rule: labels.tolist() for rule, labels in split.by_rule.items()}
+    wrong = {
+        rule: sum(guess != label for guess, label in zip(run["predicted"], labels, strict=True)) / 20
+        for rule, labels in by_rule.items()
+    }
+    assert by_rule["largest"][0] != by_rule["first"][0]
+    assert (run["largest_error"], run["first_error"], run["top1_error"]) == (
+        wrong["largest"],
+        wrong["first"],
+        wrong["largest"],
+    )
+    assert run["any_error"] <= min(wrong.values())
+    assert "largest_error,first_error,any_error" in (out / "results.csv").read_text()
+    assert "by first" in (out / "report.html").read_text()
+
+
+def test_a_plan_with_phases_is_an_arm(voc: Path, tmp_path: Path) -> None:
+    out = voc_vgg16(data=voc, out=tmp_path, arm=["frozen_convs"], plan=["gradual_unfreeze"], **QUICK | {"epochs": 2})
+
+    assert list(json.loads((out / "results.json").read_text())["arms"]) == ["frozen_convs", "gradual_unfreeze"]
+
+
+def stopped(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """A run that ends after its first epoch, with a checkpoint."""
+    train_arm = arms.train_arm
+
+    def once(*args: Any, checkpoint: Any, **kwargs: Any) -> Run:
+        run = train_arm(*args, checkpoint=checkpoint, **kwargs)
+        raise KeyboardInterrupt(run.seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arms, "train_arm", once)
+        with pytest.raises(KeyboardInterrupt):
+            voc_vgg16(**options)
+
+
+def test_another_text_of_a_plan_is_another_run(voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = tmp_path / "mine.yaml"
+    plan.write_text("version: 1\nrules: [{match: .*, lr_mult: 1}]\n")
+    given: dict[str, Any] = {"data": voc, "out": tmp_path / "out", "arm": ["frozen_convs"], "plan": [plan], **QUICK}
+    stopped(monkeypatch, **given)
+    plan.write_text("version: 1\nrules: [{match: .*, lr_mult: 0.5}]\n")
+
+    with pytest.raises(OutputError) as caught:
+        voc_vgg16(**given, resume=True)
+
+    assert str(caught.value) == (
+        f"{tmp_path / 'out'}: holds another run: its plan of mine is "
+        "{'version': 1, 'rules': [{'match': '.*', 'lr_mult': 1.0}]}, "
+        "now it is {'version': 1, 'rules': [{'match': '.*', 'lr_mult': 0.5}]}\n"
+        "  give what it was begun with, or another --out"
+    )
+
+
+def test_another_file_of_weights_is_another_run(voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = tmp_path / "w.safetensors"
+    state = create_model("test_resnet").state_dict()
+    save_file(state, weights)
+    before = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+    given = {"data": voc, "out": tmp_path / "out", "arm": ["frozen_convs"], **QUICK, "weights": str(weights)}
+    stopped(monkeypatch, **given)
+    save_file({name: tensor + 1 for name, tensor in state.items()}, weights)
+    after = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+
+    with pytest.raises(OutputError) as caught:
+        voc_vgg16(**given, resume=True)
+
+    assert str(caught.value) == (
+        f"{tmp_path / 'out'}: holds another run: its model is test_resnet; weights: w.safetensors (sha256 {before}), "
+        f"now it is test_resnet; weights: w.safetensors (sha256 {after})\n"
+        "  give what it was begun with, or another --out"
+    )
+
+
+def test_features_go_to_the_folder_and_under_the_bound(voc: Path, tmp_path: Path) -> None:
+    given = {"data": voc, "arm": ["frozen_convs"], "cache_dir": tmp_path / "features", **QUICK}
+    voc_vgg16(out=tmp_path / "one", **given)
+
+    assert list((tmp_path / "features").rglob("*.safetensors"))
+    with pytest.raises(FreezePlanError, match=r"limit"):
+        voc_vgg16(out=tmp_path / "two", **{**given, "cache_dir": tmp_path / "other"}, cache_limit="0.1K")
+
+
+def test_a_part_of_voc_2012_is_said_to_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_sample(tmp_path, train=20, val=20)
+    voc_names = dict(zip(read_voc(data).classes, VOC2012.classes, strict=True))
+    for path in (data / "VOC2012" / "Annotations").iterdir():
+        text = path.read_text()
+        for name, other in voc_names.items():
+            text = text.replace(f"<name>{name}</name>", f"<name>-{other}</name>")
+        path.write_text(text.replace("<name>-", "<name>"))
+
+    voc_vgg16(data=data, out=tmp_path / "out", arm=["frozen_convs"], **QUICK)
+
+    assert (
+        f"{data}: 20 training and 20 validation images; all of VOC 2012 has 5,717 and 5,823\n"
+        in capsys.readouterr().err
     )
 
 

@@ -90,18 +90,8 @@ def test_plans_are_more_arms(tmp_path: Path) -> None:
     assert list(load_arms(["scratch"], [file, "linear_probe"])) == ["scratch", "mine", "linear_probe"]
 
 
-@pytest.mark.parametrize(
-    ("plan", "message"),
-    [
-        ("voc_vgg16/scratch", "voc_vgg16/scratch: two arms would be called 'scratch'\n  give the file another name"),
-        (
-            "lp_ft",
-            "lp_ft: has phases; an arm is trained by one set of rules from its first epoch to its last",
-        ),
-    ],
-)
-def test_plans_that_cannot_be_arms(plan: str, message: str) -> None:
+def test_two_arms_of_one_name_are_refused() -> None:
     with pytest.raises(PlanError) as raised:
-        load_arms(["scratch"], [plan])
+        load_arms(["scratch"], ["voc_vgg16/scratch"])
 
-    assert str(raised.value) == message
+    assert str(raised.value) == ("voc_vgg16/scratch: two arms would be called 'scratch'\n  give the file another name")

@@ -8,15 +8,31 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from freezeplan import FreezePlanWarning, Plan, load_plan
 from freezeplan.errors import ModelError, WeightsError
 from freezeplan.experiment.arms import load_arms
-from freezeplan.experiment.train import Epoch, Run, Settings, batches, make_optimizer, measure, train_arm
+from freezeplan.experiment.checkpoint import Checkpoint
+from freezeplan.experiment.model import VGG16_SLIM
+from freezeplan.experiment.pixels import Normalise, Pixels, draw, moved
+from freezeplan.experiment.train import (
+    Amp,
+    Epoch,
+    OptimizerName,
+    Run,
+    Settings,
+    batches,
+    make_optimizer,
+    measure,
+    train_arm,
+)
 from freezeplan.experiment.voc import Split
 from freezeplan.experiment.weights import build, load_into, read_weights
 from freezeplan.zoo import create_model
@@ -57,7 +73,7 @@ def split(count: int = 20, classes: int = 2) -> Split:
     """Images of one colour a class."""
     labels = torch.arange(count) % classes
     images = (labels[:, None, None, None] * (255 // (classes - 1))).expand(-1, 3, 16, 16).to(torch.uint8).contiguous()
-    return Split(images, labels, nn.functional.one_hot(labels, classes))
+    return Split(images, {"largest": labels, "first": labels}, nn.functional.one_hot(labels, classes), "largest")
 
 
 def start(classes: int = 2, seed: int = 0, weights: str | Path = "random", model: str = MODEL) -> nn.Module:
@@ -98,6 +114,23 @@ def test_vgg16_takes_its_features_and_nothing_else(tmp_path: Path) -> None:
 
     assert torch.equal(model.features[0].weight, source.features[0].weight)
     assert not torch.equal(model.pre_logits.fc.weight, source.pre_logits.fc.weight)
+
+
+def test_vgg16_takes_torchvisions_checkpoint(tmp_path: Path) -> None:
+    """A ``.pth`` of its layout, at an eighth of the width; the full one has the names and shapes of timm's."""
+    vgg = pytest.importorskip("torchvision.models.vgg")
+    with torch.device("meta"):
+        names = {name: tuple(value.shape) for name, value in vgg.vgg16().state_dict().items()}
+    mine = create_model("vgg16", meta=True).state_dict()
+    source = vgg.make_layers(list(VGG16_SLIM)).state_dict(prefix="features.")
+    torch.save({**source, "classifier.0.weight": torch.zeros(3, 7)}, tmp_path / "vgg16.pth")
+
+    model = build("vgg16_slim_fc256", classes=3, image_size=64, weights=tmp_path / "vgg16.pth", seed=0)
+
+    features = {name: shape for name, shape in names.items() if name.startswith("features.")}
+    assert features == {name: tuple(value.shape) for name, value in mine.items() if name.startswith("features.")}
+    assert source.keys() == features.keys()
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in source.items())
 
 
 def test_building_leaves_the_random_state_alone() -> None:
@@ -305,16 +338,19 @@ def test_batches_cover_every_image_once_in_nearly_equal_parts() -> None:
     assert sorted(torch.cat(parts).tolist()) == list(range(33))
 
 
-def test_rmsprop_tf1_starts_its_mean_square_at_one() -> None:
-    steps = {}
-    for name in ("rmsprop-tf1", "rmsprop"):
-        weight = nn.Parameter(torch.zeros(1))
-        optimizer = make_optimizer(name, [{"params": [weight]}], lr=1.0)  # type: ignore[arg-type]
-        weight.grad = torch.full((1,), 0.1)
-        optimizer.step()
-        steps[name] = -weight.item()
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("rmsprop-tf1", 0.1 / 0.901**0.5), ("rmsprop", 0.1 / 0.001**0.5), ("adamw", 1.0), ("sgd", 0.1)],
+)
+def test_the_first_step_of_each_optimizer(name: OptimizerName, step: float) -> None:
+    """TensorFlow 1's mean square starts at one; the decay of AdamW does nothing to a weight of zero."""
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = make_optimizer(name, [{"params": [weight]}], lr=1.0)
+    weight.grad = torch.full((1,), 0.1)
+    optimizer.step()
 
-    assert steps == {"rmsprop-tf1": pytest.approx(0.1 / 0.901**0.5), "rmsprop": pytest.approx(0.1 / 0.001**0.5)}
+    assert -weight.item() == pytest.approx(step)
+    assert optimizer.defaults.get("fused", False) == (name in ("adamw", "sgd"))
 
 
 def test_one_image_a_batch_says_what_to_do() -> None:
@@ -341,10 +377,13 @@ def test_errors_of_six_classes() -> None:
     present = torch.tensor([[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, -1], [1, 0, 0, 0, 0, 1]])
     images = torch.zeros(3, 3, 1, 1)
 
-    measured = measure(logits, Split(images, torch.tensor([0, 1, 5]), present))
+    by_rule = {"largest": torch.tensor([0, 1, 5]), "first": torch.tensor([0, 5, 0])}
+    measured = measure(logits, Split(images, by_rule, present, "largest"))  # type: ignore[arg-type]
 
     assert measured.top1_error == pytest.approx(2 / 3)
     assert measured.top5_error == pytest.approx(1 / 3)
+    assert measured.largest_error == measured.top1_error
+    assert measured.first_error == 0
     assert measured.any_error == 0
     assert measured.average_precision[0] == 1
     assert measured.average_precision[2:5] == (None, None, None)
@@ -382,17 +421,212 @@ def test_kept_features_give_the_same_run() -> None:
         assert kept.val_top1_error == plain.val_top1_error
 
 
-def test_bfloat16_is_near() -> None:
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_half_precision_is_near(amp: Amp) -> None:
     """Autocast, with and without kept features; a loss within a few per cent."""
     model, plan, data = start(), load_arms(["frozen_convs"])["frozen_convs"], (split(), split(8))
-    settings = [
-        replace(SETTINGS, amp=amp, cache=cache) for amp, cache in ((None, False), ("bf16", False), ("bf16", True))
-    ]
+    settings = [replace(SETTINGS, amp=one, cache=cache) for one, cache in ((None, False), (amp, False), (amp, True))]
     runs = [train_arm(copy.deepcopy(model), plan, data, s, seed=0, progress=Recorder()) for s in settings]
     losses = [run.epochs[0].train_loss for run in runs]
 
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=0.05)
     assert losses[0] not in losses[1:]
+
+
+def test_a_step_whose_scaled_gradient_overflows_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scale then falls, warm-up does not go on, and training does."""
+    model, rates = start(), []
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **given: scaler(*args, **given, init_scale=2.0**127))
+    step = torch.optim.RMSprop.step
+
+    def record(self: torch.optim.RMSprop, *args: object) -> object:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.optim.RMSprop, "step", record)
+    run = train(model=model, settings=replace(SETTINGS, epochs=50, amp="fp16", warmup=4, lr=1e-4))
+
+    assert 0 < len(rates) < 150
+    assert rates[:4] == pytest.approx([2.5e-5, 5e-5, 7.5e-5, 1e-4])
+    assert run.epochs[-1].train_loss < run.epochs[0].train_loss
+    assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
+
+
+def test_the_order_in_memory_changes_rounding_alone() -> None:
+    losses = [
+        [epoch.train_loss for epoch in train(settings=replace(SETTINGS, lr=1e-6, channels_last=way)).epochs]
+        for way in (False, True)
+    ]
+
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def _gone_on(settings: Settings, plan: Plan, after: int, folder: Path, model: str = MODEL) -> tuple[Run, Run, Recorder]:
+    """A run, and one like it that was stopped after some epochs and went on from its checkpoint."""
+    whole = train_arm(start(model=model), plan, (split(), split(8)), settings, seed=0, progress=Recorder())
+    checkpoint = Checkpoint(folder / "one.checkpoint", print)
+
+    class Stop(Recorder):
+        def epoch(self, epoch: Epoch) -> None:
+            if epoch.epoch == after:
+                raise KeyboardInterrupt
+
+    data = split(), split(8)
+    with pytest.raises(KeyboardInterrupt):
+        train_arm(start(model=model), plan, data, settings, seed=0, progress=Stop(), checkpoint=checkpoint)
+    again = Recorder()
+    gone_on = train_arm(start(model=model), plan, data, settings, seed=0, progress=again, checkpoint=checkpoint)
+    return whole, gone_on, again
+
+
+def _figures(run: Run) -> tuple[object, ...]:
+    return [(epoch.train_loss, epoch.val_top1_error) for epoch in run.epochs], run.val, run.train_error, run.predicted
+
+
+@pytest.mark.parametrize(
+    "changes", [{"augment": "crop-flip"}, {"amp": "bf16"}, {"amp": "fp16"}, {"optimizer": "adamw"}]
+)
+def test_what_is_stopped_and_goes_on_gives_the_same_bits(changes: dict[str, Any], tmp_path: Path) -> None:
+    settings = replace(SETTINGS, epochs=4, **changes)
+    whole, gone_on, _ = _gone_on(settings, load_arms(["same_lr"])["same_lr"], 2, tmp_path)
+
+    assert _figures(gone_on) == _figures(whole)
+
+
+PHASES = {
+    "version": 1,
+    "phases": [{"name": "head", "until": 2, "rules": [{"role": "body", "frozen": True}]}, {"name": "all"}],
+    "rules": [{"role": "head", "lr_mult": 1}, {"match": ".*", "lr_mult": 0.5}],
+}
+PLATEAU = {
+    **PHASES,
+    "phases": [
+        {
+            "name": "head",
+            "until": {"metric": "val_loss", "patience": 1, "goal": "max"},
+            "rules": [{"role": "body", "frozen": True}],
+        },
+        {"name": "all"},
+    ],
+}
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+@pytest.mark.parametrize("plan", [PHASES, PLATEAU], ids=["epochs", "plateau"])
+def test_a_plan_with_phases_goes_on_in_the_phase_it_was_in(plan: dict[str, Any], after: int, tmp_path: Path) -> None:
+    """Stopped in the first phase, at its end and in the second; the first is trained on features."""
+    whole, gone_on, again = _gone_on(replace(SETTINGS, epochs=4), load_plan(plan), after, tmp_path)
+
+    assert _figures(gone_on) == _figures(whole)
+    assert whole.features == 28
+    assert 1 <= whole.features_epochs <= 3
+    assert (gone_on.features_epochs, len(again.epochs)) == (max(0, whole.features_epochs - after), 4)
+
+
+def test_phases_freeze_and_thaw() -> None:
+    model = start()
+    before = copy.deepcopy(model.state_dict())
+    moved = []
+
+    class Look(Recorder):
+        def epoch(self, epoch: Epoch) -> None:
+            state = model.state_dict()
+            moved.append(not torch.equal(state["conv1.0.weight"], before["conv1.0.weight"]))
+
+    settings = replace(SETTINGS, epochs=4)
+    train_arm(model, load_plan(PHASES), (split(), split(8)), settings, seed=0, progress=Look())
+
+    assert moved == [False, False, True, True]
+
+
+def test_augmentation_keeps_no_features_and_says_so() -> None:
+    plan, data = load_arms(["frozen_convs"])["frozen_convs"], (split(), split(8))
+    settings = replace(SETTINGS, augment="flip")
+
+    with pytest.warns(FreezePlanWarning) as caught:
+        run = train_arm(start(), plan, data, settings, seed=0, progress=Recorder())
+
+    assert run.features == 0
+    assert [str(warning.message) for warning in caught] == [
+        "voc_vgg16/frozen_convs: --augment flip changes images ahead of what is frozen, so no features are kept and "
+        "the frozen layers run in every epoch"
+    ]
+
+
+def test_training_images_are_augmented_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each training image is given once an epoch, moved; validation and the training error are on the images."""
+    given: list[bool] = []
+    call = Pixels.__call__
+
+    def record(self: Pixels, rows: Tensor, moves: Tensor | None = None) -> Tensor:
+        given.extend([moves is not None] * len(rows))
+        return call(self, rows, moves)
+
+    monkeypatch.setattr(Pixels, "__call__", record)
+    train(settings=replace(SETTINGS, epochs=2, cache=False, augment="crop-flip"))
+
+    assert given == ([True] * 20 + [False] * 10) * 2 + [False] * 20
+
+
+def test_moves_are_drawn_from_the_seed_and_within_an_eighth() -> None:
+    drawn = [draw("crop-flip", 500, 64, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    only = draw("flip", 500, 64, torch.Generator())
+
+    assert drawn[0] is not None
+    assert only is not None
+    assert torch.equal(drawn[0], drawn[1])  # type: ignore[arg-type]
+    assert not torch.equal(drawn[0], drawn[2])  # type: ignore[arg-type]
+    assert drawn[0][:, :2].unique().tolist() == [*range(-8, 9)]
+    assert only[:, :2].unique().tolist() == [0]
+    assert only[:, 2].unique().tolist() == [0, 1]
+    assert draw("none", 500, 64, torch.Generator()) is None
+
+
+@pytest.mark.parametrize("move", [[0, 0, 0], [3, -2, 0], [-1, 4, 1]])
+def test_an_image_is_shifted_as_numpy_would_pad_and_cut_it(move: list[int]) -> None:
+    image = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8)
+    down, right, mirrored = move
+    padded = np.pad(image[0].numpy(), ((0, 0), (4, 4), (4, 4)), mode="reflect")
+
+    found = moved(image, torch.tensor([move]))
+
+    cut = padded[:, 4 + down : 36 + down, 4 + right : 36 + right]
+    assert np.array_equal(found[0].numpy(), cut[:, :, ::-1] if mirrored else cut)
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("weights", [(1 - 0.5) / 0.25, -2.0, -2.0]),
+        ("half", [1.0, -1.0, -1.0]),
+        ("imagenet", [(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225]),
+        ("bgr-mean", [-103.939, -116.779, 255 - 123.68]),
+    ],
+)
+def test_a_red_pixel_under_each_normalisation(how: Normalise, expected: list[float]) -> None:
+    model = create_model("vgg16_slim_fc256")
+    red = replace(split(1), images=torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1))
+
+    found = Pixels(model, red, normalise=how, channels_last=True)[0].flatten().tolist()
+
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_pool5_pixel_by_pixel_is_another_order_of_the_same_inputs() -> None:
+    chw, hwc = (
+        build("vgg16_slim_fc256", classes=3, image_size=64, weights="random", seed=0, flatten=order)
+        for order in ("chw", "hwc")
+    )
+    weight = chw.pre_logits.fc.weight
+    with torch.no_grad():
+        hwc.pre_logits.fc.weight.copy_(weight.view(-1, 64, 2, 2).permute(0, 2, 3, 1).flatten(1))
+    images = torch.randn(2, 3, 64, 64)
+
+    assert torch.allclose(chw(images), hwc(images), atol=1e-5)
+    with torch.no_grad():
+        hwc.pre_logits.fc.weight.copy_(weight)
+    assert not torch.allclose(chw(images), hwc(images), atol=1e-2)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from PIL import Image
 
 from freezeplan.errors import DataError
 from freezeplan.experiment.sample import write_sample
-from freezeplan.experiment.voc import Split, load_split, read_voc
+from freezeplan.experiment.voc import Split, decode, load_split, read_voc
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 ROOT = "VOCdevkit/VOC2012"
@@ -112,6 +112,24 @@ def test_the_label_is_the_largest_or_the_first_object(tmp_path: Path) -> None:
 
     assert splits(path, rule="largest")[0].labels.tolist() == [0, 1, 1, 1]
     assert splits(path, rule="first")[0].labels.tolist() == [0, 1, 0, 1]
+    by_rule = splits(path, rule="first")[0].by_rule
+    assert {rule: labels.tolist() for rule, labels in by_rule.items()} == {
+        "largest": [0, 1, 1, 1],
+        "first": [0, 1, 0, 1],
+    }
+
+
+def test_an_image_is_squashed_or_its_middle_is_cut_out(tmp_path: Path) -> None:
+    """40 x 20 pixels, black with a white middle of 20 x 20."""
+    picture, png = Image.new("RGB", (40, 20)), io.BytesIO()
+    picture.paste((255, 255, 255), (10, 0, 30, 20))
+    picture.save(png, "PNG")
+
+    squashed, middle = (decode(png.getvalue(), 20, way)[0].float() / 255 for way in ("squash", "center-crop"))
+
+    assert squashed.mean() == pytest.approx(0.5, abs=0.01)
+    assert (squashed[:, :4].max(), squashed[:, -4:].max(), squashed[:, 8:12].min()) == (0, 0, 1)
+    assert middle.min() == 1
 
 
 def test_workers_do_not_change_the_images(tmp_path: Path) -> None:

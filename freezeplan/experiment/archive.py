@@ -33,6 +33,8 @@ class Files(Protocol):
 
     path: Path
     """The folder or archive as the user gave it."""
+    root: str
+    """The folder that the names are below: on the disk or in the archive."""
 
     def has(self, name: str) -> bool:
         """Return whether there is a plain file of this name."""
@@ -77,6 +79,7 @@ class _Folder:
     def __init__(self, path: Path, root: Path):
         self.path = path
         self._root = root
+        self.root = root.resolve().as_posix()
         self._inside = path.resolve()
 
     def has(self, name: str) -> bool:
@@ -106,6 +109,7 @@ class _Archive:
     def __init__(self, path: Path, root: PurePosixPath, members: dict[str, tuple[int, int]], handle: IO[bytes]):
         self.path = path
         self._root = root
+        self.root = str(root)
         self._members = members
         self._handle = handle
         self._lock = threading.Lock()

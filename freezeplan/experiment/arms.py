@@ -39,7 +39,10 @@ PUBLISHED: Mapping[str, Published] = {
     "same_lr": Published(0.167, 0.0153),
 }
 """The lecture's figures: 5,717 training and 5,823 validation images, RMSProp 0.0005 (convolutions 0.0001 where low)."""
-SOURCE = "VGG16 on all of PASCAL VOC 2012 (scratch: 0 % in training)"
+SOURCE = (
+    "VGG16 on all of PASCAL VOC 2012 (scratch: 0 % in training), from a lecture that this project's description quotes "
+    "and does not name"
+)
 
 
 class Watch(Progress, Protocol):
@@ -79,7 +82,7 @@ def load_arms(names: Sequence[str], more: Sequence[str | Path] = ()) -> Mapping[
         more: Plan files or presets, each an arm that is called like the file.
 
     Raises:
-        PlanError: If there is no such arm, a plan cannot be loaded or has phases, or two arms have one name.
+        PlanError: If there is no such arm, a plan cannot be loaded, or two arms have one name.
 
     Examples:
         >>> load_arms(["frozen_convs"])["frozen_convs"].name
@@ -95,10 +98,6 @@ def load_arms(names: Sequence[str], more: Sequence[str | Path] = ()) -> Mapping[
         if name in plans:
             raise PlanError(
                 f"two arms would be called {name!r}", where=str(given), notes=["give the file another name"]
-            )
-        if plan.phases:
-            raise PlanError(
-                "has phases; an arm is trained by one set of rules from its first epoch to its last", where=str(given)
             )
         plans[name] = plan
     return plans
@@ -147,7 +146,10 @@ def run(
         runs: dict[str, list[Run]] = {arm: [] for arm in plans}
         splits = None
         for seed in seeds:
-            start = build(model, classes=len(data.classes), image_size=settings.image_size, weights=weights, seed=seed)
+            start = build(
+                model, classes=len(data.classes), image_size=settings.image_size, weights=weights, seed=seed,
+                flatten=settings.flatten,
+            )  # fmt: skip
             if splits is None:  # after the first model, whose mistakes are found sooner than an image that is broken
                 train, val = (
                     load_split(
@@ -155,6 +157,7 @@ def run(
                         split,
                         image_size=settings.image_size,
                         rule=settings.label,
+                        resize=settings.resize,
                         workers=settings.workers,
                         skip_bad=settings.skip_bad,
                         progress=watch.decoded,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -19,20 +21,26 @@ from freezeplan import render
 from freezeplan.errors import FreezePlanError, MissingExtraError
 from freezeplan.experiment.arms import ARMS, load_arms, run
 from freezeplan.experiment.checkpoint import FOLDER, open_checkpoints
-from freezeplan.experiment.download import VOC2012, check_counts, default_folder
+from freezeplan.experiment.download import VOC2012, check_counts, default_folder, lists_of, looks_like
 from freezeplan.experiment.download import download as fetch
+from freezeplan.experiment.model import Flatten
+from freezeplan.experiment.npy import MEAN, STD
+from freezeplan.experiment.pixels import Augment, Normalise, normalisation
 from freezeplan.experiment.processes import beside, join
 from freezeplan.experiment.report import NAME, gallery, read_results, to_html, write_report
 from freezeplan.experiment.results import FILES, check_free, finished, summarise, write_results
 from freezeplan.experiment.sample import BATCH_SIZE, EPOCHS, weights_path, write_sample
 from freezeplan.experiment.screen import Screen, download_bar, print_results, print_settings
 from freezeplan.experiment.statistics import merge
-from freezeplan.experiment.train import OptimizerName, Settings
-from freezeplan.experiment.voc import LabelRule, read_voc
+from freezeplan.experiment.train import CONSTANTS, Amp, OptimizerName, Settings
+from freezeplan.experiment.voc import LabelRule, Resize, read_voc
 from freezeplan.experiment.weights import LECTURE, SAMPLE_MODEL, default_image_size, weights_title
+from freezeplan.zoo import create_model
 
 MODEL = "vgg16"
 RUNS = Path("runs")
+_NOT_DECISIVE = ("workers", "skip_bad", "cache_dir", "cache_limit")
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 
 
 def default_settings(model: str, *, sample: bool) -> Settings:
@@ -77,13 +85,20 @@ def voc_vgg16(
     workers: int | None = None,
     threads: int | None = None,
     label: LabelRule | None = None,
+    augment: Augment | None = None,
+    normalise: Normalise | None = None,
+    flatten: Flatten | None = None,
+    resize: Resize | None = None,
     out: Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
     skip_bad: bool = False,
     cache: bool = True,
+    cache_dir: Path | None = None,
+    cache_limit: str | int | None = None,
+    channels_last: bool = True,
     compile: bool = False,
-    amp: Literal["bf16"] | None = None,
+    amp: Amp | None = None,
 ) -> Path:
     """Run the lecture's experiment: train the arms, print their errors beside the published ones, write the results.
 
@@ -117,7 +132,13 @@ def voc_vgg16(
         threads: Threads inside torch. None: one for the sample, whose figures then are the same on every number of
             cores; otherwise one a core.
         label: Which class an image is trained on: that of its ``largest`` box or of its ``first`` object. None:
-            ``largest``, which is a choice, as the lecture does not say.
+            ``largest``, which is a choice, as the lecture does not say. Errors are measured against both.
+        augment: How training images change from epoch to epoch: ``flip`` mirrors one in two, ``crop-flip`` also shifts
+            them by up to an eighth. None: ``none``, as the lecture mentions none. No features are kept of what changes.
+        normalise: ``imagenet``, ``half`` (0.5 and 0.5) or ``bgr-mean`` (blue first, 0 to 255, less ImageNet's mean).
+            None: ``weights``, as the weights were trained.
+        flatten: ``hwc``: VGG16's pool5 pixel by pixel, as TensorFlow has it. None: ``chw``, as torch has it.
+        resize: ``center-crop``: the square in the middle of an image. None: ``squash``, all of it.
         out: None: ``runs/voc_vgg16-DATE-TIME`` in the working directory.
         overwrite: Replace results that ``out`` holds.
         resume: Go on with the run that ``out`` holds unfinished, or begin it; on the CPU to the same bits. A finished
@@ -125,8 +146,12 @@ def voc_vgg16(
         skip_bad: Leave out images that do not decode, and say how many.
         cache: Whether what is frozen ahead of everything trained is run once an image, in the user's cache folder, and
             its features are shared by arms, seeds and runs; the numbers are the same up to rounding.
+        cache_dir: Another folder for them.
+        cache_limit: Bytes that the folder may hold at most, such as ``20G``. None: what the disk has.
+        channels_last: Whether numbers lie in memory pixel by pixel; convolutions are faster on it.
         compile: Whether ``torch.compile`` is used; it needs a C++ compiler and a minute.
-        amp: ``bf16``: autocast, faster where the processor has it and less exact. None: float32.
+        amp: ``bf16``: autocast, faster where the processor has it and less exact; ``fp16``: with a scaled loss, for
+            GPUs without bfloat16. None: float32.
 
     Returns:
         The folder with ``results.json``, ``results.csv``, ``summary.csv``, ``curves.png`` and ``report.html``.
@@ -161,7 +186,7 @@ def voc_vgg16(
         notes = ["freezeplan run voc_vgg16 --download --url URL"]
         raise FreezePlanError("--url is a mirror for --download, which is not given", notes=notes)
     if download:
-        with processes.in_turn(), download_bar(stderr, VOC2012.name, VOC2012.size) as progress:
+        with download_bar(stderr, VOC2012.name, VOC2012.size) as progress:
             data = fetch(VOC2012, data or default_folder(), url=url, progress=progress)
     sample = data is None
     model = model or (SAMPLE_MODEL if sample else MODEL)
@@ -176,38 +201,58 @@ def voc_vgg16(
         "clip": _positive("--clip", clip),
         "warmup": _at_least(0, "--warmup", warmup),
         "label": label,
+        "augment": augment,
+        "normalise": normalise,
+        "flatten": flatten,
+        "resize": resize,
         "device": None if device == "auto" else _device(device),
         "threads": _at_least(1, "--threads", threads),
         "workers": _at_least(1, "--workers", workers),
         "skip_bad": skip_bad or None,
         "cache": None if cache else False,
+        "cache_dir": None if cache_dir is None else str(cache_dir),
+        "cache_limit": _bytes("--cache-limit", cache_limit),
+        "channels_last": None if channels_last else False,
         "compile": compile or None,
         "amp": amp,
     }
     given = {name: value for name, value in options.items() if value is not None}
     settings = replace(default_settings(model, sample=sample), **given)
     seeds = list(dict.fromkeys(seed or [0]))
+    if flatten is not None and model not in LECTURE:
+        notes = [f"it is the order of VGG16's pool5; leave it out, or --model {MODEL}"]
+        raise FreezePlanError(f"--flatten: {model} flattens nothing", notes=notes)
+    stated = fixed(model, weights, settings)
     with TemporaryDirectory() as temporary:
         with render.waiting("reading lists and annotations", stderr):
             voc = read_voc(write_sample(Path(temporary)), name="embedded sample") if data is None else read_voc(data)
         if download:
             check_counts(voc, VOC2012)
+        elif looks_like(voc, VOC2012) and lists_of(voc) != VOC2012.images:
+            stderr.print(
+                f"{voc.files.path}: {len(voc.train):,} training and {len(voc.val):,} validation images; "
+                f"all of VOC 2012 has {VOC2012.images[0]:,} and {VOC2012.images[1]:,}",
+                soft_wrap=True,
+            )
         facts = {
             "data": f"{voc.name}: {len(voc.train):,} training and {len(voc.val):,} validation images",
             "classes": f"{len(voc.classes)}: {', '.join(voc.classes)}",
-            "model": f"{model}; weights: {weights_title(model, weights)}",
+            "model": f"{model}; weights: {weights_title(model, weights)}{_digest(weights)}",
             "arms": ", ".join(plans),
             "seeds": ", ".join(map(str, seeds)),
         }
         if processes.count > 1:
             facts["processes"] = f"{processes.count}, each with its share of a batch"
-        decisive = {name: value for name, value in asdict(settings).items() if name not in ("workers", "skip_bad")}
+        decisive = {name: value for name, value in asdict(settings).items() if name not in _NOT_DECISIVE}
+        texts = {
+            f"plan of {arm}": loaded.model_dump(mode="json", exclude_defaults=True) for arm, loaded in plans.items()
+        }
         with processes.in_turn():
             checkpoints = open_checkpoints(
-                out, {**facts, **decisive}, resume=resume or not processes.first, overwrite=overwrite,
+                out, {**facts, **decisive, **texts}, resume=resume or not processes.first, overwrite=overwrite,
                 warn=lambda text: stderr.print(text, soft_wrap=True),
             )  # fmt: skip
-        print_settings(stdout, facts, settings, frozenset(given), sample=sample)
+        print_settings(stdout, facts, settings, stated, frozenset(given), sample=sample)
         with Screen(stderr, settings.epochs) as screen:
             outcome = run(
                 voc, plans, settings, model=model, weights=weights, seeds=seeds, watch=screen, checkpoints=checkpoints,
@@ -220,6 +265,7 @@ def voc_vgg16(
             outcome, voc, settings, model=model, weights=title, sample=sample,
             asked={**asked, "processes": processes.count},
         )  # fmt: skip
+        results["settings"] |= stated
         print_results(stdout, results)
         write_results(out, results)  # first of all: no mistake of the page may cost figures
         with render.waiting("drawing the page", stderr):
@@ -258,6 +304,49 @@ def report(folders: Sequence[Path], *, out: Path, data: Path | None = None) -> d
         photos = gallery(merged, read_voc(data).files.read) if data is not None else None
     write_report(out, to_html(merged, photos))
     return merged
+
+
+def fixed(model: str, weights: str | None, settings: Settings) -> dict[str, str]:
+    """Return the choices that no option makes, in words; they are printed and written with the settings.
+
+    Examples:
+        >>> found = fixed("vgg16", "random", default_settings("vgg16", sample=False))
+        >>> found["loss"], found["normalisation"]
+        ('softmax cross-entropy', 'RGB, less 0.485, 0.456, 0.406, by 0.229, 0.224, 0.225')
+    """
+    config: Any = create_model(LECTURE.get(model, model), meta=True).pretrained_cfg
+    if weights is not None and Path(weights).suffix == ".npy":
+        config = {"mean": MEAN, "std": STD}
+    pixels = str(normalisation(config, settings.normalise))
+    if weights is not None and Path(weights).suffix == ".npy" and settings.normalise in ("weights", "bgr-mean"):
+        pixels += "; the file's filters, made for BGR, are turned to RGB"
+    he = "He-normal, zero biases" if model in LECTURE else "as timm's reset_classifier makes it"
+    return {
+        "loss": "softmax cross-entropy",
+        "optimizer constants": CONSTANTS[settings.optimizer],
+        "rate": "constant after the warm-up",
+        "new head": f"{he}, the same in all arms of a seed",
+        "normalisation": pixels,
+        "order of images": "shuffled by the seed, the same in all arms",
+    }
+
+
+def _digest(weights: str | None) -> str:
+    """What tells one file of weights from another of its name; nothing where there is no file, or not yet an error."""
+    if weights is None or not Path(weights).is_file():
+        return ""
+    with Path(weights).open("rb") as file:
+        return f" (sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]})"
+
+
+def _bytes(option: str, value: str | int | None) -> int | None:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", str(value), re.IGNORECASE)
+    if value is None:
+        return None
+    if not found or not float(found[1]):
+        notes = ["in bytes, or with a unit: 500M, 20G"]
+        raise FreezePlanError(f"{option} is a size above 0, found {str(value)!r}", notes=notes)
+    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def _cores() -> int:

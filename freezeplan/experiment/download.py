@@ -14,7 +14,8 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,9 @@ class Archive:
     """Bytes."""
     images: tuple[int, int]
     """Images of the training and the validation list."""
+    root: str = ""
+    """Folder in it that the layout begins at."""
+    classes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -60,7 +64,12 @@ VOC2012 = Archive(
     md5="6cd6e144f989b92b3379bac3b3de84fd",
     size=1_999_639_040,
     images=(5717, 5823),
-)
+    root="VOC2012",
+    classes=(
+        "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+        "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+    ),
+)  # fmt: skip
 """Training and validation images of PASCAL VOC 2012; address and checksum as torchvision lists them."""
 
 
@@ -83,7 +92,8 @@ def download(
         archive: What is wanted.
         folder: Where to; made if it is not there.
         url: A mirror. None: ``archive.url``. Size and checksum are the archive's in either case.
-        progress: Told the number of bytes that are there, several times a second.
+        progress: Told the number of bytes that are there, several times a second, also while another process on
+            this machine downloads them, which is waited for.
         pause: Seconds before the second attempt; twice as long before each further one.
 
     Returns:
@@ -102,19 +112,29 @@ def download(
         folder.mkdir(parents=True, exist_ok=True)
         if path.exists():
             return _checked(path, archive, path)
-        with filelock.FileLock(f"{part}.lock", timeout=0):
+        with _held(filelock.FileLock(f"{part}.lock"), part, progress):
+            if path.exists():  # another process had it
+                return _checked(path, archive, path)
             _check_room(archive, part)
             _fetch(archive, url, part, progress, pause)
             _checked(part, archive, path)
             part.replace(path)
             _about(part).unlink(missing_ok=True)
             Path(f"{part}.lock").unlink(missing_ok=True)
-    except filelock.Timeout:
-        raise DataError("another process is downloading it", where=str(path), notes=["wait for it"]) from None
     except OSError as error:
         notes = ["make room, or give another folder with --data"]
         raise DataError(f"cannot be written ({error.strerror or error})", where=str(path), notes=notes) from None
     return path
+
+
+def lists_of(data: VocData) -> tuple[int, int]:
+    """Return the number of images of the training and of the validation list."""
+    return len(data.train), len(data.val)
+
+
+def looks_like(data: VocData, archive: Archive) -> bool:
+    """Return whether a data set passes for an archive: it has the classes, in the folder of the archive's name."""
+    return data.classes == archive.classes and data.files.root.endswith(archive.root)
 
 
 def check_counts(data: VocData, archive: Archive) -> None:
@@ -123,13 +143,28 @@ def check_counts(data: VocData, archive: Archive) -> None:
     Raises:
         DataError: If the training or the validation list has another number of images.
     """
-    found = (len(data.train), len(data.val))
+    found = lists_of(data)
     if found != archive.images:
         raise DataError(
             f"{found[0]:,} training and {found[1]:,} validation images, expected {archive.images[0]:,} and "
             f"{archive.images[1]:,}",
             where=str(data.files.path),
         )
+
+
+@contextmanager
+def _held(lock: filelock.BaseFileLock, part: Path, progress: Callable[[int], None]) -> Iterator[None]:
+    """Hold a lock; while another process does, tell how far that one is."""
+    while True:
+        try:
+            lock.acquire(timeout=0.5)
+            break
+        except filelock.Timeout:
+            progress(part.stat().st_size if part.exists() else 0)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class _CutError(Exception):

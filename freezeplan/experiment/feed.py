@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from freezeplan import AppliedPlan
 from freezeplan.cache import FeatureDtype, Features
-from freezeplan.experiment.voc import Split
+from freezeplan.experiment.pixels import Pixels
+
+
+class Give(Protocol):
+    """Rows of a split to what the module gets for them."""
+
+    def __call__(self, rows: Tensor, moves: Tensor | None = None) -> Tensor:
+        """Return it for rows (N,), on the split's device; images moved, where ``moves`` are given."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +28,14 @@ class Feed:
 
     module: nn.Module
     """The model, or what is left of it to run on features."""
-    train: Callable[[Tensor], Tensor]
-    """Rows of the training split, (N,), to what the module gets for them, on the split's device."""
-    val: Callable[[Tensor], Tensor]
-    """The same for the validation split."""
+    train: Give
+    """For the training split."""
+    val: Give
+    """For the validation split."""
     kept: bool = False
     """Whether that are features."""
+    spoilt: bool = False
+    """Whether they could be, were the images not augmented."""
     computed: int = 0
     """Features that were computed and not found on disk."""
     seconds: float = 0.0
@@ -35,38 +44,46 @@ class Feed:
 
 def feed(
     applied: AppliedPlan,
-    data: tuple[Split, Split],
+    data: tuple[Pixels, Pixels],
     *,
     batch_size: int,
     cache: bool,
+    augmented: bool,
+    directory: Path | None,
+    limit: int | None,
     dtype: FeatureDtype,
     progress: Callable[[int, int], None],
 ) -> Feed:
-    """Say what a model is trained and validated on.
+    """Say what a model is trained and validated on, in the phase that its plan is in.
 
     Args:
         applied: The plan on the model.
-        data: Training and validation split.
+        data: Training and validation images.
         batch_size: Images a pass, while features are computed.
         cache: Whether features may be kept; they are where a part of the model can be memoised, is worth it and is no
             larger than the images.
+        augmented: Whether training images are other ones each time, of which no features can be kept.
+        directory: Where features are kept; None: the user's cache folder.
+        limit: Bytes that it may hold at most; None: what the disk has.
         dtype: Of kept features.
         progress: Is told how many images of how many of a split have features.
 
     Raises:
         FreezePlanError: What ``AppliedPlan.cached`` raises.
     """
-    pixels = [_Pixels(applied.model, split) for split in data]
-    if cache:
-        found = applied.prefix(pixels[0].rows(torch.arange(3) % len(pixels[0])))
-        if found.stored and not found.advice:
-            device = data[0].images.device
-            made = [applied.cached(images, batch_size=batch_size, dtype=dtype, progress=progress) for images in pixels]
-            features, module = [one for one, _ in made], made[0][1]
-            train, val = (_Kept(one, device) for one in features)
-            computed, seconds = sum(one.computed for one in features), sum(one.seconds for one in features)
-            return Feed(module, train, val, True, computed, seconds)
-    return Feed(applied.model, pixels[0].rows, pixels[1].rows)
+    train, val = data
+    found = applied.prefix(train(torch.arange(3) % len(train))) if cache else None
+    worth = found is not None and bool(found.stored) and not found.advice
+    if not worth or augmented:
+        return Feed(applied.model, train, val, spoilt=worth)
+    made = [
+        applied.cached(images, directory, batch_size=batch_size, dtype=dtype, limit=limit, progress=progress)
+        for images in data
+    ]
+    features, module = [one for one, _ in made], made[0][1]
+    computed, seconds = sum(one.computed for one in features), sum(one.seconds for one in features)
+    kept = [_Kept(one, train.device) for one in features]
+    return Feed(module, kept[0], kept[1], kept=True, computed=computed, seconds=seconds)
 
 
 @dataclass(frozen=True)
@@ -74,27 +91,6 @@ class _Kept:
     features: Features
     device: torch.device
 
-    def __call__(self, rows: Tensor) -> Tensor:
+    def __call__(self, rows: Tensor, moves: Tensor | None = None) -> Tensor:
+        assert moves is None, "augmented images have no features"
         return self.features.batch(rows).to(self.device)
-
-
-class _Pixels(Dataset[Tensor]):
-    """A split's images as the model's weights expect them: normalised, channels-last."""
-
-    def __init__(self, model: nn.Module, split: Split):
-        config: Any = model.pretrained_cfg
-        device = split.images.device
-        self._images = split.images
-        self._mean, self._std = (torch.tensor(config[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, row: int) -> Tensor:
-        if not 0 <= row < len(self):
-            raise IndexError(row)
-        return self.rows(torch.tensor([row]))[0]
-
-    def rows(self, rows: Tensor) -> Tensor:
-        images = self._images[rows.to(self._images.device)]
-        return images.float().div(255).sub(self._mean).div(self._std).contiguous(memory_format=torch.channels_last)

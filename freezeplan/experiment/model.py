@@ -6,7 +6,7 @@ Importing this module registers ``vgg16_fc256`` and ``vgg16_slim_fc256`` for ``t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -16,6 +16,8 @@ from torch import nn
 
 from freezeplan.errors import ModelError
 
+Flatten = Literal["chw", "hwc"]
+"""Order of a flattened feature map: channel by channel, or pixel by pixel as TensorFlow has it."""
 HIDDEN = 256
 """Outputs of the one fully connected layer between pool5 and the classes."""
 
@@ -34,8 +36,9 @@ class FlatLinear(nn.Module):
         torch.Size([5, 256, 1, 1])
     """
 
-    def __init__(self, channels: int, size: tuple[int, int], out_features: int, **factory: Any):
+    def __init__(self, channels: int, size: tuple[int, int], out_features: int, order: Flatten = "chw", **factory: Any):
         super().__init__()
+        self.order = order
         self.in_shape = (channels, *size)
         self.fc = nn.Linear(channels * size[0] * size[1], out_features, **factory)
         self.act = nn.ReLU()
@@ -52,7 +55,8 @@ class FlatLinear(nn.Module):
                 f"{_times(x.shape[1:])}",
                 notes=["give img_size= to timm.create_model, or resize the images to the model's input size"],
             )
-        hidden: torch.Tensor = self.act(self.fc(x.flatten(1)))
+        ordered = x if self.order == "chw" else x.permute(0, 2, 3, 1)
+        hidden: torch.Tensor = self.act(self.fc(ordered.flatten(1)))
         return hidden[:, :, None, None]
 
 
@@ -68,6 +72,7 @@ class VGGFlat(VGG):  # type: ignore[misc]  # timm has no types
         img_size: Height and width of the images in pixels, or one number for both; the model takes no other.
         global_pool: Pooling of timm's head, here over one pixel.
         drop_rate: Dropout ahead of ``head.fc``.
+        flatten: Order in which the last feature map is flattened.
         device: Where the parameters live; ``None`` is torch's default device.
         dtype: Type of the parameters; ``None`` is torch's default type.
         **kwargs: Anything else that timm's VGG takes, such as ``in_chans`` and ``norm_layer``.
@@ -85,6 +90,7 @@ class VGGFlat(VGG):  # type: ignore[misc]  # timm has no types
         img_size: int | tuple[int, int] = 224,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        flatten: Flatten = "chw",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **kwargs: Any,
@@ -97,7 +103,7 @@ class VGGFlat(VGG):  # type: ignore[misc]  # timm has no types
         factory = {"device": device, "dtype": dtype}
         stride = 2 ** list(cfg).count("M")
         height, width = to_2tuple(img_size)
-        self.pre_logits = FlatLinear(self.num_features, (height // stride, width // stride), HIDDEN, **factory)
+        self.pre_logits = FlatLinear(self.num_features, (height // stride, width // stride), HIDDEN, flatten, **factory)
         self.head = ClassifierHead(HIDDEN, num_classes, pool_type=global_pool, drop_rate=drop_rate, **factory)
         self.head_hidden_size = HIDDEN
         self._initialize_weights()

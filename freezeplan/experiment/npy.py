@@ -104,13 +104,14 @@ def read_npy(path: Path) -> dict[str, Tensor]:
 
 
 def _converted(layer: str, values: Any, path: Path) -> tuple[Tensor, Tensor]:
-    shown = [tuple(v.shape) if isinstance(v, np.ndarray) else type(v).__name__ for v in values][:3]
-    axes = 4 if layer in CONVOLUTIONS else 2
-    good = len(values) == 2 and all(isinstance(value, np.ndarray) and value.dtype.kind == "f" for value in values)
-    if not good or values[0].ndim != axes or values[1].shape != values[0].shape[-1:]:
-        raise WeightsError(
-            f"layer {layer!r} holds {shown}, expected a filter of {axes} axes and a bias", where=str(path)
-        )
+    axes, channels = (4, " of 3 input channels" if layer == "conv1_1" else "") if layer in CONVOLUTIONS else (2, "")
+    arrays = isinstance(values, list | tuple) and all(isinstance(v, np.ndarray) and v.dtype.kind == "f" for v in values)
+    good = arrays and len(values) == 2 and values[0].ndim == axes and values[1].shape == values[0].shape[-1:]
+    if not good or (channels and values[0].shape[2] != 3):
+        parts = values[:3] if isinstance(values, list | tuple) else [values]
+        shown = ", ".join(str(v.shape) if isinstance(v, np.ndarray) else type(v).__name__ for v in parts) or "nothing"
+        message = f"layer {layer!r} holds {shown}, expected a filter of {axes} axes{channels} and a bias"
+        raise WeightsError(message, where=str(path))
     weight, bias = (torch.from_numpy(np.ascontiguousarray(value, dtype=np.float32)) for value in values)
     if layer == "fc6":
         if weight.shape[0] % 49:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -15,6 +17,10 @@ from torch import Tensor, distributed
 from freezeplan.errors import FreezePlanError
 
 T = TypeVar("T")
+_NOTES = ("what it said is above; go on with the same command and --resume --out DIR",)
+PATIENCE = timedelta(hours=12)
+"""How long the others are waited for: one may be reading images, or computing features, much longer than the rest. That
+a process has ended is noticed at once, without it: its connection closes, or torchrun ends the others."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,12 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        notes = ["what it said is above; go on with the same command and --resume --out DIR"]
-        raise FreezePlanError("another process of this run has ended", notes=notes) from error
+        raise FreezePlanError("another process of this run has ended", notes=_NOTES) from error
+
+
+def _ended(*_: object) -> None:
+    """Say why torchrun ends a process, which it does as soon as it sees that another has ended."""
+    raise FreezePlanError("torchrun was stopped, or another process of this run has ended", notes=_NOTES)
 
 
 def join(*, cuda: bool) -> Processes:
@@ -97,8 +107,9 @@ def join(*, cuda: bool) -> Processes:
     if not distributed.is_initialized():
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group("nccl" if cuda else "gloo")
+        distributed.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
         atexit.register(distributed.destroy_process_group)
+        signal.signal(signal.SIGTERM, _ended)
     return Processes(distributed.get_rank(), distributed.get_world_size())
 
 

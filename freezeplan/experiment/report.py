@@ -20,7 +20,7 @@ from freezeplan.errors import DataError, OutputError
 from freezeplan.experiment import statistics
 from freezeplan.experiment.arms import ARMS, PUBLISHED
 from freezeplan.experiment.results import COLOURS, to_svg
-from freezeplan.experiment.screen import percent
+from freezeplan.experiment.screen import LABELS, percent
 from freezeplan.experiment.shape import check_shape
 from freezeplan.experiment.train import Settings
 from freezeplan.experiment.voc import FORMATS
@@ -33,6 +33,11 @@ from freezeplan.whole import whole_file
 NAME = "report.html"
 SIDE = 96
 """Of a photo in the gallery, in pixels."""
+DECISIVE = (
+    "epochs", "batch_size", "image_size", "lr", "optimizer", "label", "augment", "normalise", "flatten", "resize",
+    "clip", "warmup", "amp",
+)  # fmt: skip
+"""Settings that a command has to name to repeat a run."""
 PHOTOS = 8
 """In the gallery of an arm."""
 
@@ -72,10 +77,13 @@ def to_html(results: Mapping[str, Any], photos: Mapping[str, Sequence[Mapping[st
     environment.filters |= {"percent": percent, "spread": spread_text, "points": _points}
     arms = list(results["arms"])
     origins = results.get("origins", {"": results})
+    other = "first" if results["label"] == "largest" else "largest"
     return environment.get_template(f"{NAME}.jinja").render(
         results=results,
         seeds=max(len(found["runs"]) for found in results["arms"].values()),
-        errors=statistics.ERRORS,
+        other=other,
+        labels=LABELS,
+        errors=[f"{key}_error" for key in ("top1", "top5", other, "any", "train")],
         colours=dict(zip(arms, cycle(COLOURS), strict=False)),
         published={arm: PUBLISHED[arm] for arm in arms if arm in PUBLISHED},
         class_errors={arm: statistics.class_errors(results, arm) for arm in arms},
@@ -141,12 +149,11 @@ def repeat(results: Mapping[str, Any]) -> str:
         words += ["--plan", plan]
     for run in next(iter(results["arms"].values()))["runs"]:
         words += ["--seed", str(run["seed"])]
-    usual = {field.name: field.default for field in fields(Settings)}
-    for name, value in results["settings"].items():
-        option = name.replace("_", "-")
+    for field in fields(Settings):
+        value, option = results["settings"].get(field.name), field.name.replace("_", "-")
         if isinstance(value, bool):
-            words += [] if value == usual[name] else [f"--{option}" if value else f"--no-{option}"]
-        elif value is not None and name != "workers":  # how many threads decode decides nothing
+            words += [] if value == field.default else [f"--{option}" if value else f"--no-{option}"]
+        elif value is not None and field.name != "workers":  # how many threads decode decides nothing
             words += [f"--{option}", str(value)]
     return shlex.join(words)
 

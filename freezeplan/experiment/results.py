@@ -248,6 +248,8 @@ def _run(run: Run, classes: tuple[str, ...]) -> dict[str, Any]:
         "seed": run.seed,
         "top1_error": run.val.top1_error,
         "top5_error": run.val.top5_error,
+        "largest_error": run.val.largest_error,
+        "first_error": run.val.first_error,
         "any_error": run.val.any_error,
         "train_error": run.train_error,
         "learned": run.learned,
@@ -258,6 +260,7 @@ def _run(run: Run, classes: tuple[str, ...]) -> dict[str, Any]:
         "features": run.features,
         "features_computed": run.features_computed,
         "features_seconds": run.features_seconds,
+        "features_epochs": run.features_epochs,
         "epochs": [
             {**asdict(epoch), "train_loss": epoch.train_loss if math.isfinite(epoch.train_loss) else None}
             for epoch in run.epochs

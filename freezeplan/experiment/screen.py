@@ -32,6 +32,7 @@ from freezeplan.experiment.train import Epoch, Run, Settings
 NOT_LEARNED = "did not learn"
 QUIET = 30.0
 """Seconds between two lines about progress, where there is no terminal."""
+LABELS = {"largest": "largest box", "first": "first object"}
 
 
 @dataclass(frozen=True)
@@ -184,10 +185,10 @@ def _saving(runs: Sequence[Mapping[str, Any]]) -> str:
         return ""
     if not computed:
         return f"the features of all {images:,} images were there: no frozen layer was run"
-    passes = sum(run["features"] * len(run["epochs"]) for run in runs)
+    passes = sum(run["features"] * run["features_epochs"] for run in runs)
     return (
         f"features of {computed:,} images computed in {seconds:.1f} s and kept, "
-        f"which spares about {seconds * passes / computed - seconds:.0f} s of frozen layers"
+        f"which spares about {max(0.0, seconds * passes / computed - seconds):.0f} s of frozen layers"
     )
 
 
@@ -198,7 +199,13 @@ class _Speed(ProgressColumn):
 
 
 def print_settings(
-    console: Console, facts: Mapping[str, str], settings: Settings, given: frozenset[str], *, sample: bool
+    console: Console,
+    facts: Mapping[str, str],
+    settings: Settings,
+    fixed: Mapping[str, str],
+    given: frozenset[str],
+    *,
+    sample: bool,
 ) -> None:
     """Print what a run is going to do, and which of its settings are defaults; the sample gets a banner first.
 
@@ -206,6 +213,7 @@ def print_settings(
         console: Where to.
         facts: What is not in the settings: data, model, arms.
         settings: All settings.
+        fixed: Choices that no setting makes, in words.
         given: Names of those that were asked for; the others are marked as defaults.
         sample: Whether the data are the embedded sample.
     """
@@ -222,6 +230,8 @@ def print_settings(
     for name, value in asdict(settings).items():
         shown = "off" if value is None or value is False else "on" if value is True else str(value)
         table.add_row(name.replace("_", "-"), Text.assemble(shown, ("" if name in given else "  (default)", "dim")))
+    for name, value in fixed.items():
+        table.add_row(name, Text.assemble(value, ("  (fixed)", "dim")))
     console.print(table)
     console.print()
 
@@ -233,12 +243,13 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
         console: Where to.
         results: What ``results.summarise`` returned.
     """
-    table = _table("arm", "top-1", "top-5", "any", "training", "published\ntop-1", "published\ntop-5")
+    other = "first" if results["label"] == "largest" else "largest"
+    table = _table("arm", "top-1", "top-5", f"by\n{other}", "any", "training", "published\ntop-1", "published\ntop-5")
     for column in table.columns[-2:]:
         column.style = "cyan"
     for arm, found in results["arms"].items():
         published = PUBLISHED.get(arm)
-        seen = [found[key] for key in ("top5_error", "any_error", "train_error")]
+        seen = [found[key] for key in ("top5_error", f"{other}_error", "any_error", "train_error")]
         theirs = [published.top1_error, published.top5_error] if published else [None, None]
         mark = Text() if found["learned"] else Text(f"\n{NOT_LEARNED}", "yellow")
         table.add_row(Text(arm) + mark, _top1(found["runs"]), *map(percent, seen + theirs))
@@ -247,9 +258,9 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
     mean = f", mean ± standard deviation of {seeds} seeds" if seeds > 1 else ""
     console.print(Text(f"Error in % of {results['model']} on {kind}{mean}", "bold"))
     console.print(table)
-    label = "the class of the " + ("largest box" if results["label"] == "largest" else "first object")
     for line in (
-        f"top-1, top-5: validation images, against {label}",
+        f"top-1, top-5: validation images, against the class of the {LABELS[results['label']]}",
+        f"by {other}: top-1 of the same model against the class of the {LABELS[other]}",
         "any: right if the class is on the image at all",
         "training: top-1 on the training images; all in eval mode after the last epoch",
     ):

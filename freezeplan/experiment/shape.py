@@ -81,6 +81,8 @@ class OneRun(_Part):
     seed: int
     top1_error: Fraction
     top5_error: Fraction | None
+    largest_error: Fraction
+    first_error: Fraction
     any_error: Fraction
     train_error: Fraction
     learned: bool
@@ -89,6 +91,7 @@ class OneRun(_Part):
     features: Index
     features_computed: Index
     features_seconds: float
+    features_epochs: Index
     epochs: list[Epoch]
 
 
@@ -97,6 +100,8 @@ class Deviation(_Part):
 
     top1_error: float | None
     top5_error: float | None
+    largest_error: float | None
+    first_error: float | None
     any_error: float | None
     train_error: float | None
 
@@ -118,6 +123,8 @@ class Arm(_Part):
     plan: Plan
     top1_error: Fraction
     top5_error: Fraction | None
+    largest_error: Fraction
+    first_error: Fraction
     any_error: Fraction
     train_error: Fraction
     deviation: Deviation

@@ -10,8 +10,10 @@ from typing import Any
 
 from freezeplan.errors import DataError
 
-ERRORS = ("top1_error", "top5_error", "any_error", "train_error")
-NEUTRAL = frozenset({"device", "threads", "workers", "skip_bad", "cache", "compile"})
+ERRORS = ("top1_error", "top5_error", "largest_error", "first_error", "any_error", "train_error")
+NEUTRAL = frozenset(
+    {"device", "threads", "workers", "skip_bad", "cache", "cache_dir", "cache_limit", "channels_last", "compile"}
+)
 """Settings that change a figure's last digits at most."""
 
 

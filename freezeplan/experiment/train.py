@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import timm.optim
@@ -15,14 +17,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from freezeplan import Plan, apply_plan
-from freezeplan.errors import ModelError
+from freezeplan import AppliedPlan, Plan, apply_plan
+from freezeplan.cache import FeatureDtype
+from freezeplan.errors import FreezePlanWarning, ModelError
 from freezeplan.experiment.checkpoint import Checkpoint
-from freezeplan.experiment.feed import feed
+from freezeplan.experiment.feed import Feed, Give, feed
+from freezeplan.experiment.model import Flatten
+from freezeplan.experiment.pixels import Augment, Normalise, Pixels, draw
 from freezeplan.experiment.processes import Processes
-from freezeplan.experiment.voc import LabelRule, Split
+from freezeplan.experiment.voc import LabelRule, Resize, Split
 
-OptimizerName = Literal["rmsprop-tf1", "rmsprop"]
+OptimizerName = Literal["rmsprop-tf1", "rmsprop", "adamw", "sgd"]
+Amp = Literal["bf16", "fp16"]
+CONSTANTS: Mapping[OptimizerName, str] = {
+    "rmsprop-tf1": "decay 0.9, epsilon 1e-10 inside the root, mean square from one, no momentum",
+    "rmsprop": "decay 0.9, epsilon 1e-10 outside the root, mean square from zero, no momentum",
+    "adamw": "betas 0.9 and 0.999, epsilon 1e-8, weight decay 0.01, fused",
+    "sgd": "momentum 0.9, no weight decay, fused",
+}
+"""What is fixed of an optimizer, in words; ``make_optimizer`` in numbers."""
+_NUMBERS: Mapping[Amp | None, tuple[torch.dtype, FeatureDtype]] = {
+    None: (torch.bfloat16, "float32"),  # autocast is off
+    "bf16": (torch.bfloat16, "bfloat16"),
+    "fp16": (torch.float16, "float16"),
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +61,12 @@ class Settings:
     warmup: int = 0
     """Steps over which the rate grows linearly from nothing."""
     label: LabelRule = "largest"
+    augment: Augment = "none"
+    """How training images differ from epoch to epoch; validation images never do."""
+    normalise: Normalise = "weights"
+    flatten: Flatten = "chw"
+    """Order in which VGG16's pool5 is flattened."""
+    resize: Resize = "squash"
     device: str = "cpu"
     threads: int = 1
     """Threads inside torch; their number changes the last digits of a result on the CPU."""
@@ -52,10 +76,16 @@ class Settings:
     """Leave out images that do not decode."""
     cache: bool = True
     """Run what is frozen ahead of everything trained once an image, and keep its features on disk."""
+    cache_dir: str | None = None
+    """Folder of features; None: the user's cache folder."""
+    cache_limit: int | None = None
+    """Bytes that it may hold at most; None: what the disk has."""
+    channels_last: bool = True
+    """Keep numbers of images and convolutions channel by channel of a pixel, which convolutions run faster on."""
     compile: bool = False
     """Run the model, or what is left of it to run on features, and the optimizer's step through ``torch.compile``."""
-    amp: Literal["bf16"] | None = None
-    """Numbers of matrix products and convolutions under autocast; None: float32."""
+    amp: Amp | None = None
+    """Numbers of matrix products and convolutions under autocast, of fp16 with a scaled loss; None: float32."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +113,10 @@ class Measured:
     """Fraction of images that do not show the guessed class at all."""
     average_precision: tuple[float | None, ...]
     """One a class; None where the split shows none of it. Images whose only such objects are difficult do not count."""
+    largest_error: float
+    """Top-1 error against the class of the largest box, whatever the model was trained on."""
+    first_error: float
+    """The same against the class of the first object."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +139,8 @@ class Run:
     """How many of those features were computed for this run and not found on disk."""
     features_seconds: float = 0.0
     """That this took."""
+    features_epochs: int = 0
+    """Epochs that were trained on features."""
     predicted: tuple[int, ...] = ()
     """Index of the class that each validation image was taken for, after the last epoch."""
 
@@ -135,8 +171,9 @@ def train_arm(
 ) -> Run:
     """Train one arm and measure it.
 
-    Softmax cross-entropy, no augmentation, channels-last, constant rate. Every arm of a seed sees the same images in
-    the same order. A loss that is not finite does not stop the run; its errors show what it has come to.
+    Softmax cross-entropy, constant rate. Every arm of a seed sees the same images, moved alike, in the same order. A
+    loss that is not finite does not stop the run; its errors show what it has come to. Phases begin with an epoch; one
+    that waits for a plateau can wait for ``train_loss``, ``val_loss`` and ``val_top1_error``.
 
     The model is changed in place: the plan stays applied and the weights are trained ones. Torch's global random state
     is the caller's again afterwards.
@@ -168,51 +205,79 @@ def train_arm(
     train, val = data
     _check_shares(data, settings, processes)
     device = train.images.device
-    model.to(memory_format=torch.channels_last)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _numbers(settings, device):
+    devices = [device] if device.type == "cuda" else []
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)
+    with torch.random.fork_rng(devices=devices), _autocast(settings, device):
         torch.manual_seed(seed)
-        applied = apply_plan(model, plan, lr=settings.lr)
-        begun = time.perf_counter()
-        with _explained(settings):
-            fed = feed(
-                applied, data, batch_size=settings.batch_size, cache=settings.cache,
-                dtype="bfloat16" if settings.amp else "float32", progress=progress.kept,
-            )  # fmt: skip
-        feeding = time.perf_counter() - begun
+        applied = apply_plan(model, plan, lr=settings.lr, scheduler="any", epochs=settings.epochs)
         torch.manual_seed(seed)
         optimizer = make_optimizer(settings.optimizer, applied.param_groups, lr=settings.lr)
+        applied.attach(optimizer)
         schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (settings.warmup or 1)))
-        module = fed.module
-        step: Callable[[], object] = optimizer.step
-        if settings.compile:
-            module.compile()
-            step = torch.compile(step)
+        if settings.compile:  # after the scheduler, which wraps a plain method alone
+            optimizer.step = torch.compile(optimizer.step)  # type: ignore[method-assign, assignment]
+        scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
         trainable = list(applied.trainable_parameters())
-        order = torch.Generator().manual_seed(seed)
-        parts = _Parts(model, optimizer, schedule, order)
-        epochs = parts.restore(saved) if saved is not None else []
+        order, moves = (torch.Generator().manual_seed(seed) for _ in range(2))
+        parts = _Parts(applied, optimizer, schedule, scaler, order, moves)
+        epochs, metrics = parts.restore(saved) if saved is not None else ([], {})
+        pixels = [
+            Pixels(model, split, normalise=settings.normalise, channels_last=settings.channels_last) for split in data
+        ]
+        fed, feeding, features = None, 0.0, _Features()
+
+        def give() -> Feed:
+            nonlocal feeding, features
+            begun = time.perf_counter()
+            with torch.random.fork_rng(devices=devices), _explained(settings):
+                found = feed(
+                    applied, (pixels[0], pixels[1]), batch_size=settings.batch_size, cache=settings.cache,
+                    augmented=settings.augment != "none", limit=settings.cache_limit,
+                    directory=Path(settings.cache_dir) if settings.cache_dir else None,
+                    dtype=_NUMBERS[settings.amp][1], progress=progress.kept,
+                )  # fmt: skip
+            if settings.compile:
+                found.module.compile()
+            if found.spoilt and processes.first:
+                warnings.warn(
+                    f"{plan.title}: --augment {settings.augment} changes images ahead of what is frozen, so no "
+                    "features are kept and the frozen layers run in every epoch",
+                    FreezePlanWarning,
+                    stacklevel=3,
+                )
+            feeding += time.perf_counter() - begun
+            features = replace(
+                features, computed=features.computed + found.computed, seconds=features.seconds + found.seconds
+            )
+            return found
+
         logits = None
         for epoch in epochs:
             progress.epoch(epoch)
         for number in range(len(epochs) + 1, settings.epochs + 1):
+            # Nothing wraps the model: gradients are summed here, of whatever has one.
+            if applied.step(epoch=number - 1, metrics=metrics, rewrap=True) or fed is None:
+                fed = give()
+            module = fed.module
+            features = replace(features, epochs=features.epochs + fed.kept)
             started = time.perf_counter()
             module.train()
             if not processes.first:  # dropout of its own, also after a resumption
                 torch.manual_seed(1_000_003 * seed + 1_009 * number + processes.rank)
             total = torch.zeros((), device=device)
             for rows in batches(len(train.labels), settings.batch_size, order):
+                moving = draw(settings.augment, len(rows), train.images.shape[-1], moves)
                 mine = processes.share(rows)
                 with _explained(settings):
-                    loss = F.cross_entropy(module(fed.train(mine)), train.labels[mine.to(device)])
+                    images = fed.train(mine, None if moving is None else processes.share(moving))
+                    loss = F.cross_entropy(module(images), train.labels[mine.to(device)])
                     loss = loss * (len(mine) / len(rows))
                     optimizer.zero_grad()
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                 loss = loss.detach()
                 processes.sum([*(p.grad for p in trainable if p.grad is not None), loss])
-                if settings.clip is not None:
-                    nn.utils.clip_grad_norm_(trainable, settings.clip)
-                step()
-                schedule.step()
+                _step(optimizer, schedule, scaler, trainable, settings.clip)
                 total += loss * len(rows)
                 progress.batch(len(rows), loss)
             train_loss = float(total) / len(train.labels)
@@ -221,13 +286,19 @@ def train_arm(
             logits = predict(module, fed.val, len(val.labels), settings.batch_size, processes)
             error = _fraction(logits.argmax(1) != val.labels)
             epochs.append(Epoch(number, train_loss, error, trained - started, time.perf_counter() - trained))
+            metrics = {
+                "train_loss": train_loss,
+                "val_loss": float(F.cross_entropy(logits, val.labels)),
+                "val_top1_error": error,
+            }
             if checkpoint is not None and processes.first:
-                checkpoint.save(parts.state(epochs))
+                checkpoint.save(parts.state(epochs, metrics))
             progress.epoch(epochs[-1])
+        fed = fed or give()
         if logits is None:  # stopped after the last epoch
-            logits = predict(module, fed.val, len(val.labels), settings.batch_size, processes)
-        answers = predict(module, fed.train, len(train.labels), settings.batch_size, processes)
-    computed = torch.tensor([fed.computed], device=device)
+            logits = predict(fed.module, fed.val, len(val.labels), settings.batch_size, processes)
+        answers = predict(fed.module, fed.train, len(train.labels), settings.batch_size, processes)
+    computed = torch.tensor([features.computed], device=device)
     processes.sum([computed])
     train_error = _fraction(answers.argmax(1) != train.labels)
     run = Run(
@@ -237,9 +308,10 @@ def train_arm(
         train_error=train_error,
         learned=math.isfinite(epochs[-1].train_loss) and train_error < commonest_error(train.labels),
         seconds=feeding + sum(epoch.train_seconds + epoch.eval_seconds for epoch in epochs),
-        features=len(train.labels) + len(val.labels) if fed.kept else 0,
+        features=len(train.labels) + len(val.labels) if features.epochs or fed.kept else 0,
         features_computed=int(computed),
-        features_seconds=fed.seconds,
+        features_seconds=features.seconds,
+        features_epochs=features.epochs,
         predicted=tuple(logits.argmax(1).tolist()),
     )
     if checkpoint is not None and processes.first:
@@ -248,32 +320,72 @@ def train_arm(
 
 
 @dataclass(frozen=True)
+class _Features:
+    """What was computed, how long that took, and how many epochs were trained on it."""
+
+    computed: int = 0
+    seconds: float = 0.0
+    epochs: int = 0
+
+
+def _step(
+    optimizer: torch.optim.Optimizer,
+    schedule: LambdaLR,
+    scaler: torch.amp.GradScaler,
+    trainable: list[nn.Parameter],
+    clip: float | None,
+) -> None:
+    """Take a step. A scaled loss's is left out where a gradient overflows: summed, that is in all processes alike."""
+    scaler.unscale_(optimizer)
+    if clip is not None:
+        nn.utils.clip_grad_norm_(trainable, clip)
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    if scaler.get_scale() >= scale:
+        schedule.step()
+
+
+@dataclass(frozen=True)
 class _Parts:
     """All that an epoch changes."""
 
-    model: nn.Module
+    applied: AppliedPlan
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
+    scaler: torch.amp.GradScaler
     order: torch.Generator
+    moves: torch.Generator
 
-    def state(self, epochs: list[Epoch]) -> dict[str, Any]:
-        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+    def state(self, epochs: list[Epoch], metrics: Mapping[str, float]) -> dict[str, Any]:
+        model = self.applied.model
+        learning = {id(parameter) for parameter in self.applied.trainable_parameters()}  # in any phase
+        still = {name for name, parameter in model.named_parameters() if id(parameter) not in learning}
         return {
-            "model": {name: value for name, value in self.model.state_dict().items() if name not in frozen},
+            "model": {name: value for name, value in model.state_dict().items() if name not in still},
+            "plan": self.applied.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "order": self.order.get_state(),
-            "random": torch.get_rng_state(),
+            "moves": self.moves.get_state(),
+            "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
             "epochs": [asdict(epoch) for epoch in epochs],
+            "metrics": dict(metrics),
         }
 
-    def restore(self, state: dict[str, Any]) -> list[Epoch]:
-        self.model.load_state_dict(state["model"], strict=False)
+    def restore(self, state: dict[str, Any]) -> tuple[list[Epoch], dict[str, float]]:
+        self.applied.model.load_state_dict(state["model"], strict=False)
+        self.applied.load_state_dict(state["plan"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
         self.order.set_state(state["order"])
-        torch.set_rng_state(state["random"])
-        return [Epoch(**epoch) for epoch in state["epochs"]]
+        self.moves.set_state(state["moves"])
+        own, *cuda = state["random"]
+        torch.set_rng_state(own)
+        torch.cuda.set_rng_state_all(cuda)
+        return [Epoch(**epoch) for epoch in state["epochs"]], state["metrics"]
 
 
 def _run_again(found: dict[str, Any]) -> Run:
@@ -283,11 +395,12 @@ def _run_again(found: dict[str, Any]) -> Run:
 
 
 def make_optimizer(name: OptimizerName, groups: list[dict[str, Any]], *, lr: float) -> torch.optim.Optimizer:
-    """Make the lecture's RMSProp, decay 0.9 and epsilon 1e-10.
+    """Make the lecture's RMSProp, decay 0.9 and epsilon 1e-10, or an optimizer that torch computes in one kernel.
 
     Args:
         name: ``rmsprop-tf1``: as TensorFlow 1 computes it, epsilon inside the root and the mean square starting at one,
-            which warms up over about 100 steps (timm's ``RMSpropTF``); ``rmsprop``: torch's.
+            which warms up over about 100 steps (timm's ``RMSpropTF``); ``rmsprop``: torch's; ``adamw`` and ``sgd``,
+            with momentum 0.9: torch's, fused.
         groups: Parameter groups.
         lr: Learning rate of groups that carry none.
 
@@ -298,6 +411,10 @@ def make_optimizer(name: OptimizerName, groups: list[dict[str, Any]], *, lr: flo
     if name == "rmsprop-tf1":
         optimizer: torch.optim.Optimizer = timm.optim.RMSpropTF(groups, lr=lr, alpha=0.9, eps=1e-10)
         return optimizer
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
     return torch.optim.RMSprop(groups, lr=lr, alpha=0.9, eps=1e-10)
 
 
@@ -318,7 +435,7 @@ def batches(count: int, size: int, order: torch.Generator) -> tuple[Tensor, ...]
 
 def predict(
     module: nn.Module,
-    give: Callable[[Tensor], Tensor],
+    give: Give,
     count: int,
     batch_size: int,
     processes: Processes = Processes(),  # noqa: B008  # frozen
@@ -360,10 +477,11 @@ def measure(logits: Tensor, split: Split) -> Measured:
 
     Examples:
         >>> images = torch.zeros(2, 3, 1, 1)
-        >>> split = Split(images, labels=torch.tensor([0, 1]), present=torch.tensor([[1, 1], [1, 1]]))
+        >>> labels = {"largest": torch.tensor([0, 1]), "first": torch.tensor([0, 0])}
+        >>> split = Split(images, labels, torch.tensor([[1, 1], [1, 1]]), rule="largest")
         >>> measured = measure(torch.tensor([[2.0, 1.0], [2.0, 1.0]]), split)
-        >>> measured.top1_error, measured.top5_error, measured.any_error
-        (0.5, None, 0.0)
+        >>> measured.top1_error, measured.top5_error, measured.first_error, measured.any_error
+        (0.5, None, 0.0, 0.0)
     """
     guesses = logits.topk(min(5, logits.shape[1])).indices
     right = guesses == split.labels[:, None]
@@ -373,6 +491,8 @@ def measure(logits: Tensor, split: Split) -> Measured:
         top5_error=_fraction(~right.any(1)) if logits.shape[1] > 5 else None,
         any_error=_fraction(~shown),
         average_precision=_average_precision(logits.softmax(1), split.present),
+        largest_error=_fraction(guesses[:, 0] != split.by_rule["largest"]),
+        first_error=_fraction(guesses[:, 0] != split.by_rule["first"]),
     )
 
 
@@ -422,8 +542,10 @@ def _average_statistics(module: nn.Module, processes: Processes) -> None:
             buffer.div_(processes.count)
 
 
-def _numbers(settings: Settings, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=settings.amp is not None)
+def _autocast(settings: Settings, device: torch.device) -> torch.autocast:
+    # Over a whole training: what is cached in the first step would be the weights of all others.
+    dtype, _ = _NUMBERS[settings.amp]
+    return torch.autocast(device.type, dtype, enabled=settings.amp is not None, cache_enabled=False)
 
 
 @contextmanager

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from freezeplan.errors import DataError, Problem
@@ -25,6 +25,7 @@ from freezeplan.experiment.archive import Files, open_files
 
 LabelRule = Literal["largest", "first"]
 SplitName = Literal["train", "val"]
+Resize = Literal["squash", "center-crop"]
 
 LISTS = ("ImageSets/Main/train.txt", "ImageSets/Main/val.txt")
 LARGEST_TEXT, MOST_CLASSES, WIDEST = 16 * 2**20, 10_000, 1_000_000
@@ -80,17 +81,24 @@ class Split:
 
     images: Tensor
     """uint8, (N, 3, S, S), RGB."""
-    labels: Tensor
-    """int64, (N,): the class that the label rule chose."""
+    by_rule: Mapping[LabelRule, Tensor]
+    """Rule to int64, (N,): the class that it chooses."""
     present: Tensor
     """int64, (N, classes): 1 where the class is on the image, 0 where not, -1 where all of it is marked difficult."""
+    rule: LabelRule
+    """The one whose classes are trained on."""
     skipped: tuple[str, ...] = ()
     """Files left out because they do not decode."""
 
+    @property
+    def labels(self) -> Tensor:
+        """int64, (N,): the class that each image is trained on."""
+        return self.by_rule[self.rule]
+
     def to(self, device: torch.device) -> Split:
         """Return the same split with its tensors on ``device``."""
-        images, labels, present = (t.to(device) for t in (self.images, self.labels, self.present))
-        return replace(self, images=images, labels=labels, present=present)
+        by_rule = {rule: labels.to(device) for rule, labels in self.by_rule.items()}
+        return replace(self, images=self.images.to(device), by_rule=by_rule, present=self.present.to(device))
 
 
 def read_voc(path: str | Path, *, name: str | None = None) -> VocData:
@@ -144,11 +152,12 @@ def load_split(
     *,
     image_size: int,
     rule: LabelRule,
+    resize: Resize = "squash",
     workers: int = 1,
     skip_bad: bool = False,
     progress: Callable[[int, int], None] = lambda done, images: None,
 ) -> Split:
-    """Decode one list of a data set into one tensor, squashing every image to a square.
+    """Decode one list of a data set into one tensor of square images.
 
     Done once: all arms share the result. By PIL: torchvision's decoders are faster and about to be removed from it.
 
@@ -157,6 +166,7 @@ def load_split(
         split: ``train`` or ``val``.
         image_size: Side of the square in pixels.
         rule: Which class an image is trained on, see :func:`label`.
+        resize: How an image becomes square, see :func:`decode`.
         workers: Threads that decode.
         skip_bad: Leave out images that do not decode and list them in the result, instead of failing.
         progress: Is told how many images of how many are done, after each.
@@ -173,7 +183,7 @@ def load_split(
 
     def decode_into(row: int) -> Problem | None:
         try:
-            images[row] = decode(data.files.read(photos[row].file), image_size)
+            images[row] = decode(data.files.read(photos[row].file), image_size, resize)
         except Exception as error:  # what a damaged image makes its reader raise is not documented
             return Problem(f"{photos[row].file} does not decode ({_reason(error)})", str(data.files.path))
         return None
@@ -196,14 +206,20 @@ def load_split(
         _check_every_class_is_trained(data, kept, rule)
     return Split(
         images,
-        torch.tensor([data.classes.index(label(photo, rule)) for photo in kept]),
+        {one: torch.tensor([data.classes.index(label(p, one)) for p in kept]) for one in get_args(LabelRule)},
         torch.tensor([[_presence(photo, name) for name in data.classes] for photo in kept]),
+        rule,
         tuple(photo.file for photo, problem in zip(photos, results, strict=True) if problem),
     )
 
 
-def decode(content: bytes, image_size: int) -> Tensor:
-    """Decode one image to uint8 RGB, (3, image_size, image_size): squashed to a square, bilinear with antialiasing.
+def decode(content: bytes, image_size: int, resize: Resize = "squash") -> Tensor:
+    """Decode one image to uint8 RGB, (3, image_size, image_size), bilinear with antialiasing.
+
+    Args:
+        content: A JPEG or PNG file.
+        image_size: Side in pixels.
+        resize: ``squash``: the whole image, its sides scaled differently; ``center-crop``: the square in its middle.
 
     Raises:
         OSError: If it is neither JPEG nor PNG, damaged or cut short.
@@ -219,7 +235,9 @@ def decode(content: bytes, image_size: int) -> Tensor:
     with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
         if picture.width * picture.height > (Image.MAX_IMAGE_PIXELS or 0):
             raise Image.DecompressionBombError(f"{picture.width} x {picture.height} pixels are too many")
-        small = picture.convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR)
+        whole, size = picture.convert("RGB"), (image_size, image_size)
+        bilinear = Image.Resampling.BILINEAR
+        small = whole.resize(size, bilinear) if resize == "squash" else ImageOps.fit(whole, size, bilinear)
     return torch.from_numpy(np.array(small)).permute(2, 0, 1)
 
 

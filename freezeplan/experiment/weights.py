@@ -11,8 +11,8 @@ import torch
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-import freezeplan.experiment.model  # noqa: F401  # registers the lecture's VGG16
 from freezeplan.errors import ModelError, WeightsError
+from freezeplan.experiment.model import Flatten  # the module registers the lecture's VGG16
 from freezeplan.experiment.npy import MEAN, STD, read_npy
 from freezeplan.statefile import read_state
 from freezeplan.zoo import create_model, describe, is_timm, title
@@ -37,7 +37,9 @@ def default_image_size(name: str) -> int:
     return _native_size(_blueprint(name))
 
 
-def build(name: str, *, classes: int, image_size: int, weights: str | Path | None, seed: int) -> nn.Module:
+def build(
+    name: str, *, classes: int, image_size: int, weights: str | Path | None, seed: int, flatten: Flatten = "chw"
+) -> nn.Module:
     """Build a model whose head depends on the seed only and whose other tensors come from ``weights``.
 
     ``vgg16`` is built with the lecture's head and takes ``features.*``, nothing else, from the weights. Of any other
@@ -54,6 +56,7 @@ def build(name: str, *, classes: int, image_size: int, weights: str | Path | Non
             ``vgg16.npy``, whose normalisation the model then has; ``random`` for none at all; None for timm's
             pretrained weights.
         seed: Seed of the initialisation.
+        flatten: Order in which the lecture's head gets its features; other models have no such layer.
 
     Returns:
         The model on the CPU in train mode.
@@ -75,9 +78,10 @@ def build(name: str, *, classes: int, image_size: int, weights: str | Path | Non
     resize = bool(blueprint.pretrained_cfg["fixed_input_size"]) and _native_size(blueprint) != image_size  # type: ignore[index]
     resample = resize and hasattr(blueprint, "set_input_size")
     size: dict[str, Any] = {"img_size": image_size} if resize and not resample else {}
+    order: dict[str, Any] = {"flatten": flatten} if name in LECTURE else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = create_model(architecture, num_classes=classes, **size)
+        model = create_model(architecture, num_classes=classes, **size, **order)
         # What timm gives whoever fine-tunes. The constructor's values can be of another kind: EfficientNet's start a
         # classifier of five classes at a loss of 13, from which five epochs do not recover.
         model.reset_classifier(classes)  # type: ignore[operator]
