@@ -380,8 +380,8 @@ def page() -> str:
             f"(`{WITH_NORM[-1]}` in the place of one that lacks what a fault needs: batch norm, or a part of which "
             "some is frozen and some trained), which seals, checks its optimizer and calls `applied.step(epoch=e)` "
             "before each epoch. Those of `step()` go in between two epochs and are named before the next; those of "
-            "`verify()` go in after the last, against `seal(copy=True)`. The third column is the line that names the cause, word "
-            "for word, on the first model; the last counts the models on which this cause was named.\n",
+            "`verify()` go in after the last, against `seal(copy=True)`. The third column is the line that names "
+            "the cause, word for word, on the first model; the last counts the models on which this cause was named.\n",
             f"Without a fault the same training says nothing on {quiet} of {len(clean)} models.\n",
             "| fault | by | what is said | named on |",
             "| --- | --- | --- | --- |",
