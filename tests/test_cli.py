@@ -368,7 +368,7 @@ def test_a_shell_completes_names(press_tab, monkeypatch, tmp_path, shell, line, 
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name in ("freezeplan/12ab", "freezeplan/12cd", "freezeplan/34", "elsewhere/12ef"):
-        store.begin(tmp_path / name, {"model": "m"})
+        store.begin(tmp_path / name, {"model": "m", "plan": "p", "dtype": "float32", "memoised": []})
 
     offered = press_tab(shell, line.replace("nowhere", str(tmp_path / "elsewhere")))
 

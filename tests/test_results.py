@@ -67,6 +67,8 @@ def test_results_have_the_agreed_shape() -> None:
     assert arm["deviation"] == {
         "top1_error": pytest.approx(deviation),
         "top5_error": None,
+        "largest_error": pytest.approx(deviation),
+        "first_error": pytest.approx(0.9 * deviation),
         "any_error": pytest.approx(deviation / 2),
         "train_error": pytest.approx(deviation / 4),
     }

@@ -304,7 +304,7 @@ def test_what_kept_features_spared_is_printed_on_a_terminal_too(terminal: bool) 
         {**once, "features_computed": 40, "features_seconds": 2.0},
         {**once, "features_computed": 0, "features_seconds": 0.0},
     ]
-    means = {"top5_error": None, "any_error": 0.5, "train_error": 0.5, "learned": True}
+    means = {"top5_error": None, "largest_error": 0.5, "any_error": 0.5, "train_error": 0.5, "learned": True}
     console = Console(force_terminal=terminal, width=200, record=True, file=io.StringIO())
 
     print_results(

@@ -219,7 +219,7 @@ def voc_vgg16(
     given = {name: value for name, value in options.items() if value is not None}
     settings = replace(default_settings(model, sample=sample), **given)
     seeds = list(dict.fromkeys(seed or [0]))
-    if flatten is not None and model not in LECTURE:
+    if flatten not in (None, Settings.flatten) and model not in LECTURE:
         notes = [f"it is the order of VGG16's pool5; leave it out, or --model {MODEL}"]
         raise FreezePlanError(f"--flatten: {model} flattens nothing", notes=notes)
     stated = fixed(model, weights, settings)
