@@ -7,7 +7,7 @@ import gc
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from freezeplan import apply, cache, delta, faults, names, phases, rates, replay, schedules, steps, store, zoo
+from freezeplan import apply, cache, delta, faults, names, phases, rates, replay, schedules, store, zoo
 from freezeplan import guard as guards
-from freezeplan.errors import ApplyError, FreezePlanWarning, Problem
+from freezeplan.errors import ApplyError, FreezePlanWarning
 from freezeplan.load import PlanLike, load_plan
 from freezeplan.plan import Plan
 from freezeplan.prefix import Prefix, undisturbed, watch
@@ -84,9 +84,7 @@ def apply_plan(
             ``applied.attach(optimizer)`` multiplies inside ``optimizer.step()``, exact under every scheduler.
         replace: Undo the plan that is live on this very model first.
         epochs: Epochs of the whole training, where a phase ends after a percentage of them.
-        guard: Whether what ``applied.check`` does is also done where nobody calls it: in ``applied.step``, and at the
-            first step of each optimizer that holds a parameter of the model, its second, fourth, eighth, and so on.
-            The ratios of its rates are compared at every step.
+        guard: Whether ``applied.step`` checks what ``applied.check`` does, before every epoch.
 
     Returns:
         The applied plan. It iterates over its groups, so an optimizer takes it directly.
@@ -132,11 +130,9 @@ def apply_plan(
     handle = AppliedPlan(
         inner, resolution, apply.remember(live), lr=lr, weight_decay=weight_decay, scheduler=scheduler, epochs=epochs
     )
+    handle._guarded = guard
     apply.enter(live, resolution)
     inner.__dict__[_ATTRIBUTE] = handle
-    if guard:
-        handle._guarded = True
-        steps.watch(handle, AppliedPlan._stepping)
     _LIVE.add(handle)
     for use in resolution.weak:
         warnings.warn(": ".join(filter(None, (use.where, use.warning))), FreezePlanWarning, stacklevel=2)
@@ -193,8 +189,7 @@ class AppliedPlan:
         self._multiplier: rates.Multiplier | None = None
         self._before = before
         self._seal: guards.Seal | None = None
-        self._guarded = False
-        self._seen: weakref.WeakKeyDictionary[torch.optim.Optimizer, steps.Seen] = weakref.WeakKeyDictionary()
+        self._guarded = True
         self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
         self._memoised: tuple[Any, list[_Ahead], _Ahead | None, replay.Rest] | None = None
 
@@ -307,7 +302,6 @@ class AppliedPlan:
 
     def _enter(self) -> None:
         self._memoised = None
-        self._seen.clear()
         apply.enter(names.survey(self.model), self._part)
         if self._multiplier is not None:
             self._multiplier.use(self._rates())
@@ -350,9 +344,8 @@ class AppliedPlan:
     def check(self, *optimizers: torch.optim.Optimizer) -> None:
         """Refuse what other code did to the model since the plan was applied, and optimizers that break it.
 
-        Call it with the optimizers, after their schedulers are made, to know before the first step; ``step`` then
-        checks the same before every epoch. Without a call, what an optimizer holds is looked at when it steps (see
-        ``apply_plan``, ``guard``). No value is read: ``seal`` and ``verify`` do that.
+        Call it once with the optimizers, after their schedulers are made; ``step`` then checks the same before every
+        epoch. Nothing is checked within a training step, and no value is read: ``seal`` and ``verify`` do that.
 
         Args:
             *optimizers: All that train this model; without any, those that were given before.
@@ -382,24 +375,6 @@ class AppliedPlan:
             self._watch(optimizers)
         self._check("")
 
-    def _stepping(self, optimizer: torch.optim.Optimizer) -> None:
-        """Look at an optimizer, of any model, that is about to step; what it does not hold another may."""
-        seen = self._seen.get(optimizer)
-        if seen is None:
-            own = {id(parameter) for parameter in self.model.parameters()}
-            holds = any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
-            seen = self._seen[optimizer] = steps.Seen(holds)
-        if not seen.holds:
-            return
-        seen.count += 1
-        if seen.due:
-            # ``attach`` multiplies after this: what is seen here is the scheduler's base.
-            seen.factors = schedules.factors(optimizer, self._rates()) if self._scheduler != "any" else ()
-        if seen.due or not schedules.kept(optimizer, seen.factors):
-            problems = faults.of_model(self.model, self._part)
-            problems += faults.of_step(optimizer, self._rates(), self._scheduler, attached=self._multiplier is not None)
-            self._raise(problems, f"seen at step {seen.count} of {type(optimizer).__name__}")
-
     def _watch(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         self._optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
 
@@ -411,10 +386,6 @@ class AppliedPlan:
         if not problems:
             watched = self._watched()
             problems = faults.of_optimizers(self.model, self.resolution, watched, self._rates(), self._scheduler)
-        self._raise(problems, when)
-
-    @staticmethod
-    def _raise(problems: Sequence[Problem], when: str) -> None:
         if problems:
             notes = (when,) if when else ()
             raise ApplyError(dataclasses.replace(found, notes=(*found.notes, *notes)) for found in problems)
@@ -705,7 +676,6 @@ class AppliedPlan:
     def undo(self) -> None:
         """Give the model back its flags and modes, take the pins away, clear gradients. Values stay. Twice is once."""
         if applied(self.model) is self:
-            steps.forget(self)
             if self._multiplier is not None:
                 self._multiplier.remove()
                 self._multiplier = None
@@ -716,7 +686,7 @@ class AppliedPlan:
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model, an average of its weights for one, is attached to no optimizer and lies elsewhere.
         seal = self._seal and dataclasses.replace(self._seal, places={})
-        return {**self.__dict__, "_multiplier": None, "_seal": seal, "_optimizers": [], "_seen": {}, "_memoised": None}
+        return {**self.__dict__, "_multiplier": None, "_seal": seal, "_optimizers": [], "_memoised": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -5,11 +5,9 @@ Each check compares the live model with its Resolution. They run between epochs,
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
-from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from freezeplan import apply, names, schedules, zoo
@@ -152,11 +150,9 @@ def of_optimizers(
     if not optimizers:
         return []
     problems = [*_held(model, resolution, optimizers)]
-    ever = {id(parameter) for named in apply.trained(model, resolution) for _, parameter in named}
     for optimizer in optimizers:
         title = type(optimizer).__name__
-        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if not any(p.requires_grad for p in held) and (ever.isdisjoint(map(id, held)) or _scales()):
+        if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
             problems.append(
                 Problem(
                     f"{title} holds no parameter that is trained now: GradScaler.step(optimizer) would stop with "
@@ -168,26 +164,6 @@ def of_optimizers(
         if flattened is not None:
             problems.append(flattened)
     return problems
-
-
-def of_step(optimizer: Optimizer, rates: Mapping[int, float], kind: str, *, attached: bool) -> list[Problem]:
-    """Return what is wrong with the rates of an optimizer that is about to step.
-
-    Args:
-        optimizer: One that holds parameters of the model.
-        rates: ``id`` of a live trained parameter -> its multiplier now.
-        kind: For whom the plan was applied: ``torch``, ``timm`` or ``any``.
-        attached: Whether ``attach`` multiplies within its steps.
-    """
-    if kind == "any" and not attached and len(set(rates.values())) > 1:
-        return [Problem("scheduler='any' multiplies inside optimizer.step()", notes=("applied.attach(optimizer)",))]
-    found = schedules.fault(optimizer, rates, kind)
-    return [] if found is None else [found]
-
-
-def _scales() -> bool:
-    """Whether a GradScaler is in use; slow, so only where an optimizer has nothing to train."""
-    return any(issubclass(type(found), GradScaler) and found.is_enabled() for found in gc.get_objects())
 
 
 def _held(model: nn.Module, resolution: Resolution, optimizers: Sequence[Optimizer]) -> Iterator[Problem]:

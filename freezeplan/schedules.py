@@ -68,38 +68,6 @@ def arguments(scheduler: type | str, multipliers: Sequence[float], given: Mappin
     }
 
 
-def factors(optimizer: Optimizer, rates: Mapping[int, float]) -> tuple[float | None, ...]:
-    """Return the plan's multiplier of each of an optimizer's groups; None where it has none, or several.
-
-    Args:
-        optimizer: Any optimizer.
-        rates: ``id`` of a parameter -> its multiplier.
-    """
-    found = [_multipliers(group, rates) for group in optimizer.param_groups]
-    return tuple(next(iter(known)) if len(known) == 1 else None for known in found)
-
-
-def kept(optimizer: Optimizer, factors: Sequence[float | None]) -> bool:
-    """Return whether the rates are one base times the factors, in a time that depends on the number of groups alone.
-
-    Examples:
-        >>> import torch
-        >>> optimizer = torch.optim.SGD([{"params": torch.ones(1), "lr": lr} for lr in (0.1, 0.05)])
-        >>> kept(optimizer, (1.0, 0.5)), kept(optimizer, (1.0, 0.1)), kept(optimizer, (1.0, None))
-        (True, False, True)
-    """
-    pairs = [
-        (float(group["lr"]), factor)
-        for group, factor in zip(optimizer.param_groups, factors, strict=False)
-        if factor is not None
-    ]
-    return len({factor for _, factor in pairs}) < 2 or _alike(*zip(*pairs, strict=True))
-
-
-def _multipliers(group: Mapping[str, Any], rates: Mapping[int, float]) -> set[float]:
-    return {rates[id(parameter)] for parameter in group["params"] if id(parameter) in rates}
-
-
 def fault(optimizer: Optimizer, rates: Mapping[int, float], kind: str) -> Problem | None:
     """Say whether an optimizer's rates have lost the plan's ratios, and to which scheduler; None if they hold.
 
@@ -108,37 +76,28 @@ def fault(optimizer: Optimizer, rates: Mapping[int, float], kind: str) -> Proble
         rates: ``id`` of a parameter -> its multiplier.
         kind: For whom the plan was applied: ``torch``, ``timm`` or ``any``.
     """
-    mixed = [(index, known) for index, group in enumerate(optimizer.param_groups)
-             if len(known := _multipliers(group, rates)) > 1]  # fmt: skip
-    if mixed:
-        (index, known), title = mixed[0], type(optimizer).__name__
-        return Problem(
-            f"group {index} of {title} holds parameters that the plan trains at "
-            f"{', '.join(f'{rate:g}' for rate in sorted(known))} times the rate, and gives them one",
-            notes=("make the optimizer from applied.param_groups, not from model.parameters()",),
-        )
     found = [
-        (str(group.get("name") or index), float(group["lr"]), factor, group)
-        for index, (group, factor) in enumerate(zip(optimizer.param_groups, factors(optimizer, rates), strict=True))
-        if factor is not None
+        (str(group.get("name") or index), float(group["lr"]), known.pop(), group)
+        for index, group in enumerate(optimizer.param_groups)
+        if len(known := {rates[id(parameter)] for parameter in group["params"] if id(parameter) in rates}) == 1
     ]
     if len({factor for _, _, factor, _ in found}) < 2:
         return None
-    lrs, multipliers = [lr for _, lr, _, _ in found], [factor for _, _, factor, _ in found]
+    lrs, factors = [lr for _, lr, _, _ in found], [factor for _, _, factor, _ in found]
     if kind != "timm" and any("lr_scale" in group for *_, group in found):
         return Problem(
             "the optimizer's groups carry lr_scale, and their rates are multiplied already: a scheduler of timm would "
             "multiply a second time",
             notes=("apply_plan(..., scheduler='timm') for a scheduler of timm",),
         )
-    once = [1.0] * len(found) if kind == "any" else multipliers
+    once = [1.0] * len(found) if kind == "any" else factors
     if _alike(lrs, once):
         return None
     schedulers = _schedulers(optimizer)  # slow, so only for the sentence
     names = ", ".join(type(scheduler).__name__ for scheduler in schedulers)
     if kind == "timm" and _alike(lrs, [1.0] * len(found)) and not schedulers and not optimizer.state:
         return None  # timm's scheduler is still to be made: it multiplies when it is
-    if _alike(lrs, [first * factor for first, factor in zip(once, multipliers, strict=True)]):
+    if _alike(lrs, [first * factor for first, factor in zip(once, factors, strict=True)]):
         by = f" (by {names})" if names else ""
         return Problem(f"the plan's multipliers act twice{by}: {_table(found)}", notes=(_twice(kind),))
     if kind == "timm":
@@ -148,7 +107,7 @@ def fault(optimizer: Optimizer, rates: Mapping[int, float], kind: str) -> Proble
         )
         return Problem(f"the rates do not have the plan's ratios{by}: {_table(found)}", notes=(advice,))
     by = f"{names} flattened the rates" if names else "the rates no longer have the plan's ratios"
-    return Problem(f"{by}: {_table(found)}", notes=(*_advice(schedulers, multipliers), _EXACT))
+    return Problem(f"{by}: {_table(found)}", notes=(*_advice(schedulers, factors), _EXACT))
 
 
 def _alike(lrs: Sequence[float], factors: Sequence[float]) -> bool:

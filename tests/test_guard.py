@@ -34,7 +34,7 @@ def toy():
 
 @pytest.fixture
 def live(toy):
-    return apply_plan(toy, PLAN, guard=False)
+    return apply_plan(toy, PLAN)
 
 
 def train(model, optimizer, steps=3):
