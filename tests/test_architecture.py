@@ -37,6 +37,7 @@ CORE = [
     "guard",
     "schedules",
     "faults",
+    "steps",
     "delta",
     "prefix",
     "replay",
