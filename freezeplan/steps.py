@@ -46,7 +46,7 @@ class Steps:
 
     Examples:
         >>> weight = nn.Parameter(torch.ones(1))
-        >>> steps = Steps(lambda: [weight], lambda optimizer, when: print(when), lambda optimizer: [])
+        >>> steps = Steps(lambda: [weight], lambda optimizer, when: print(when), lambda optimizer: [1.0])
         >>> optimizer, other = torch.optim.SGD([weight]), torch.optim.SGD([nn.Parameter(torch.ones(1))])
         >>> optimizer.step(), other.step(), optimizer.step()
         seen at the first step of SGD
