@@ -38,12 +38,12 @@ PHASES = [{"name": "head", "until": 1, "rules": [{"role": "body", "frozen": True
 class Run:
     """A training of two epochs of two steps, with every check that there is."""
 
-    def __init__(self, name: str, *, scheduler: str = "torch", phases: bool = False):
+    def __init__(self, name: str, *, scheduler: str = "torch", phases: bool = False, guard: bool = True):
         torch.manual_seed(0)
         self.model = create_model(name, num_classes=3)
         self.size = 160 if name == "test_vit" else 64
         plan = {**PLAN, "rules": [{"match": ".*", "lr_mult": 1}], "phases": PHASES} if phases else PLAN
-        self.live: AppliedPlan = apply_plan(self.model, plan, lr=0.1, scheduler=scheduler)
+        self.live: AppliedPlan = apply_plan(self.model, plan, lr=0.1, scheduler=scheduler, guard=guard)
         self.optimizer = torch.optim.SGD(self.live, momentum=0.9, weight_decay=0.05)
         self.keep: list[object] = []
         """What other code holds on to."""
@@ -54,6 +54,15 @@ class Run:
         self.optimizer.zero_grad(set_to_none=False)
         self.model(torch.randn(4, 3, self.size, self.size)).square().mean().backward()
         self.optimizer.step()
+
+    def said_at_once(self, fault: Callable[[Run], None]) -> str:
+        """Put the fault in ahead of the first step of a loop that calls nothing of the plan; return what was said."""
+        fault(self)
+        try:
+            self.batch()
+        except ApplyError as error:
+            return str(error)
+        return ""
 
     def said(self, fault: Callable[[Run], None], *, late: bool) -> str:
         """Train, put the fault in after the first epoch or after the last, and return all that was said."""
@@ -209,6 +218,10 @@ def all_parameters(run: Run) -> None:
     run.live.check(run.optimizer)
 
 
+def all_parameters_unchecked(run: Run) -> None:
+    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
+
+
 def one_cycle(run: Run) -> None:
     run.keep.append(lr_scheduler.OneCycleLR(run.optimizer, max_lr=0.1, total_steps=10))
 
@@ -285,6 +298,8 @@ class Fault:
     cause: str
     late: bool = False
     """Whether it comes after the last epoch, for ``verify``; otherwise between two epochs, for the guards."""
+    first: bool = False
+    """Whether it comes ahead of the first step, in a loop that calls neither ``check`` nor ``step``."""
     scheduler: str = "torch"
     phases: bool = False
     models: tuple[str, ...] = MODELS
@@ -336,11 +351,21 @@ FAULTS = (
     Fault("a module added", add, "added to the model after the plan was applied"),
     Fault("an optimizer of `model.parameters()`", all_parameters, "in an optimizer"),
     Fault("`OneCycleLR` with one `max_lr`", one_cycle, "OneCycleLR flattened the rates"),
+    Fault("an optimizer of `model.parameters()`, unchecked", all_parameters_unchecked, "in an optimizer", first=True),
+    Fault("`OneCycleLR` with one `max_lr`, unchecked", one_cycle, "OneCycleLR flattened the rates", first=True),
     Fault("`CyclicLR` with one `max_lr`", cyclic, "CyclicLR flattened the rates"),
     Fault("`CosineAnnealingLR` with `eta_min`", cosine_floor, "CosineAnnealingLR flattened the rates"),
-    Fault("`lr_scale` under a scheduler of torch", scale_unread, "StepLR does not read it", scheduler="timm"),
+    Fault(
+        "`lr_scale` under a scheduler of torch", scale_unread, "StepLR does not read it", first=True, scheduler="timm"
+    ),
     Fault("`lr_scale` beside rates that are multiplied", both, "would multiply a second time"),
-    Fault("multiplied rates under a scheduler of timm", twice, "the plan's multipliers act twice", scheduler="timm"),
+    Fault(
+        "multiplied rates under a scheduler of timm",
+        twice,
+        "the plan's multipliers act twice",
+        first=True,
+        scheduler="timm",
+    ),
     Fault("multiplied rates and `attach`", baked_and_attached, "the plan's multipliers act twice", scheduler="any"),
     Fault("reentrant checkpointing behind the frozen prefix", reentrant, "checkpoints with use_reentrant=True"),
     Fault("an optimizer with nothing to train", nothing_to_train, "No inf checks were recorded"),
@@ -350,11 +375,11 @@ FAULTS = (
 
 def said(fault: Fault, model: str) -> str:
     """Return all that is said of a fault on a model; what it changed outside the model is put back."""
-    run = Run(model, scheduler=fault.scheduler, phases=fault.phases)
+    run = Run(model, scheduler=fault.scheduler, phases=fault.phases, guard=not fault.late)
     if fault.scheduler == "any":
         run.live.attach(run.optimizer)
     try:
-        return run.said(fault.inject, late=fault.late)
+        return run.said_at_once(fault.inject) if fault.first else run.said(fault.inject, late=fault.late)
     finally:
         timm.layers.set_reentrant_ckpt(False)
         if distributed.is_initialized():
@@ -369,7 +394,7 @@ def page() -> str:
         answers = [said(fault, model) for model in fault.models]
         named = sum(fault.cause in answer for answer in answers)
         line = next((line for line in answers[0].splitlines() if fault.cause in line), "nothing")
-        by = "`verify()`" if fault.late else "`step()`"
+        by = "`verify()`" if fault.late else "`optimizer.step()`" if fault.first else "`step()`"
         rows.append(f"| {fault.title} | {by} | {line.strip().replace('|', '/')} | {named} of {len(answers)} |")
     quiet = sum(not answer for answer in clean.values())
     return "\n".join(
@@ -380,8 +405,10 @@ def page() -> str:
             f"(`{WITH_NORM[-1]}` in the place of one that lacks what a fault needs: batch norm, or a part of which "
             "some is frozen and some trained), which seals, checks its optimizer and calls `applied.step(epoch=e)` "
             "before each epoch. Those of `step()` go in between two epochs and are named before the next; those of "
-            "`verify()` go in after the last, against `seal(copy=True)`. The third column is the line that names the "
-            "cause, word for word, on the first model; the last counts the models on which this cause was named.\n",
+            "`verify()` go in after the last, with `guard=False`, against `seal(copy=True)`. Those of "
+            "`optimizer.step()` go in ahead of the first one, in a loop that calls nothing of the plan. The third "
+            "column is the line that names the cause, word for word, on the first model; the last counts the models "
+            "on which this cause was named.\n",
             f"Without a fault the same training says nothing on {quiet} of {len(clean)} models.\n",
             "| fault | by | what is said | named on |",
             "| --- | --- | --- | --- |",

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from freezeplan import apply, cache, delta, faults, names, phases, rates, replay, schedules, store, zoo
+from freezeplan import apply, cache, delta, faults, names, phases, rates, replay, schedules, steps, store, zoo
 from freezeplan import guard as guards
 from freezeplan.errors import ApplyError, FreezePlanWarning
 from freezeplan.load import PlanLike, load_plan
@@ -84,7 +84,9 @@ def apply_plan(
             ``applied.attach(optimizer)`` multiplies inside ``optimizer.step()``, exact under every scheduler.
         replace: Undo the plan that is live on this very model first.
         epochs: Epochs of the whole training, where a phase ends after a percentage of them.
-        guard: Whether ``applied.step`` checks what ``applied.check`` does, before every epoch.
+        guard: Whether what ``applied.check`` does is checked when an optimizer of this model first steps, and by
+            ``applied.step`` before every epoch. Until then each step compares flags and rates, in microseconds; what
+            is found is raised. It takes one hook of torch's for all optimizers, which ``undo`` takes away.
 
     Returns:
         The applied plan. It iterates over its groups, so an optimizer takes it directly.
@@ -134,6 +136,7 @@ def apply_plan(
     apply.enter(live, resolution)
     inner.__dict__[_ATTRIBUTE] = handle
     _LIVE.add(handle)
+    handle._guard_steps()
     for use in resolution.weak:
         warnings.warn(": ".join(filter(None, (use.where, use.warning))), FreezePlanWarning, stacklevel=2)
     return handle
@@ -190,6 +193,8 @@ class AppliedPlan:
         self._before = before
         self._seal: guards.Seal | None = None
         self._guarded = True
+        self._steps: steps.Steps | None = None
+        self._told = False
         self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
         self._memoised: tuple[Any, list[_Ahead], _Ahead | None, replay.Rest] | None = None
 
@@ -211,6 +216,7 @@ class AppliedPlan:
         ``apply_plan`` says. Frozen parameters are in none.
         """
         self._check_live()
+        self._guard_steps()  # of a copy of the model none are watched until it is trained itself
         return apply.param_groups(
             self.model, self.resolution, lr=self._lr, weight_decay=self._weight_decay, scheduler=self._scheduler
         )
@@ -303,6 +309,8 @@ class AppliedPlan:
     def _enter(self) -> None:
         self._memoised = None
         apply.enter(names.survey(self.model), self._part)
+        if self._steps is not None:
+            self._steps.again()
         if self._multiplier is not None:
             self._multiplier.use(self._rates())
 
@@ -344,8 +352,9 @@ class AppliedPlan:
     def check(self, *optimizers: torch.optim.Optimizer) -> None:
         """Refuse what other code did to the model since the plan was applied, and optimizers that break it.
 
-        Call it once with the optimizers, after their schedulers are made; ``step`` then checks the same before every
-        epoch. Nothing is checked within a training step, and no value is read: ``seal`` and ``verify`` do that.
+        Unless the plan was applied with ``guard=False``, the same is checked when an optimizer first steps and, by
+        ``step``, before every epoch. Call it with the optimizers, after their schedulers are made, to know it earlier
+        and to have a trained parameter named that is in none. No value is read: ``seal`` and ``verify`` do that.
 
         Args:
             *optimizers: All that train this model; without any, those that were given before.
@@ -376,16 +385,44 @@ class AppliedPlan:
         self._check("")
 
     def _watch(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        self._optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
+        self._optimizers, self._told = [weakref.ref(optimizer) for optimizer in optimizers], True
+
+    def _guard_steps(self) -> None:
+        """Watch the steps of every optimizer; what is called back keeps this plan and its model alive no longer."""
+        if self._guarded and self._steps is None:
+            here = weakref.ref(self)
+            self._steps = steps.Steps(
+                lambda: live.model.parameters() if (live := here()) is not None else (),
+                lambda optimizer, when: live._look(optimizer, when) if (live := here()) is not None else None,
+                lambda optimizer: live._factors(optimizer) if (live := here()) is not None else [],
+            )
+
+    def _look(self, optimizer: torch.optim.Optimizer, when: str) -> None:
+        if self._multiplier is not None:
+            self._multiplier.restore()
+        if all(found is not optimizer for found in self._watched()):
+            self._optimizers.append(weakref.ref(optimizer))
+        self._check(when, stepping=optimizer)
+
+    def _factors(self, optimizer: torch.optim.Optimizer) -> list[float | None]:
+        return schedules.factors(optimizer, self._rates(), self._scheduler)
 
     def _watched(self) -> list[torch.optim.Optimizer]:
         return [found for found in (reference() for reference in self._optimizers) if found is not None]
 
-    def _check(self, when: str) -> None:
-        problems = faults.of_model(self.model, self._part)
+    def _check(self, when: str, stepping: torch.optim.Optimizer | None = None) -> None:
+        problems = faults.of_model(self.model, self._part, stepping)
         if not problems:
-            watched = self._watched()
-            problems = faults.of_optimizers(self.model, self.resolution, watched, self._rates(), self._scheduler)
+            watched = self._watched() if stepping is None else [stepping]
+            problems = faults.of_optimizers(
+                self.model,
+                self.resolution,
+                watched,
+                self._rates(),
+                self._scheduler,
+                all_known=self._told and stepping is None,
+                stepping=stepping is not None,
+            )
         if problems:
             notes = (when,) if when else ()
             raise ApplyError(dataclasses.replace(found, notes=(*found.notes, *notes)) for found in problems)
@@ -679,6 +716,9 @@ class AppliedPlan:
             if self._multiplier is not None:
                 self._multiplier.remove()
                 self._multiplier = None
+            if self._steps is not None:
+                self._steps.remove()
+                self._steps = None
             self._unseal()
             apply.restore(self.model, self._before)
             del self.model.__dict__[_ATTRIBUTE]
@@ -686,7 +726,14 @@ class AppliedPlan:
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model, an average of its weights for one, is attached to no optimizer and lies elsewhere.
         seal = self._seal and dataclasses.replace(self._seal, places={})
-        return {**self.__dict__, "_multiplier": None, "_seal": seal, "_optimizers": [], "_memoised": None}
+        gone: dict[str, Any] = {
+            "_multiplier": None,
+            "_steps": None,
+            "_optimizers": [],
+            "_told": False,
+            "_memoised": None,
+        }
+        return {**self.__dict__, **gone, "_seal": seal}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -1,13 +1,15 @@
 """What other code did to a model or an optimizer since a plan was applied: flags, modes, parameters, gradients.
 
-Each check compares the live model with its Resolution. They run between epochs, never within a training step.
+Each check compares the live model with its Resolution. They run at the first step of an optimizer and between epochs.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from freezeplan import apply, names, schedules, zoo
@@ -15,20 +17,23 @@ from freezeplan.errors import Problem
 from freezeplan.resolution import Resolution
 
 _IS = ("is", "are")
+_NO_INF = "'No inf checks were recorded'"
 _REPLACED = "load_state_dict(assign=True), to_empty, reset_classifier and fully_shard replace parameters"
 
 
-def of_model(model: nn.Module, part: Resolution) -> list[Problem]:
+def of_model(model: nn.Module, part: Resolution, stepping: Optimizer | None = None) -> list[Problem]:
     """Return what of a model is not as its plan left it.
 
     Args:
         model: The model, without wrappers.
         part: What the plan means for it in the phase that it is in.
+        stepping: The optimizer that is about to step, if one is: loops with several switch off what the others train.
     """
-    return [*_parameters(model, part), *_modes(model, part), *_reentrant(model, part), *_units(model)]
+    held = None if stepping is None else {id(p) for group in stepping.param_groups for p in group["params"]}
+    return [*_parameters(model, part, held), *_modes(model, part), *_reentrant(model, part), *_units(model)]
 
 
-def _parameters(model: nn.Module, part: Resolution) -> Iterator[Problem]:
+def _parameters(model: nn.Module, part: Resolution, held: set[int] | None) -> Iterator[Problem]:
     live = names.parameters(model)
     known = {name for row in part.rows for name in (row.name, *row.aliases)}
     advice = (_REPLACED, "apply_plan(..., replace=True) takes the model as it is now")
@@ -53,7 +58,10 @@ def _parameters(model: nn.Module, part: Resolution) -> Iterator[Problem]:
     stopped = [
         row.name
         for row, found in rows
-        if not row.frozen and not all(p.requires_grad or not p.is_floating_point() for p in found)
+        if not row.frozen
+        and not all(
+            p.requires_grad or not p.is_floating_point() or (held is not None and id(p) not in held) for p in found
+        )
     ]
     if stopped:
         yield Problem(
@@ -136,37 +144,63 @@ def _inside(module: nn.Module, above: nn.Module) -> bool:
 
 
 def of_optimizers(
-    model: nn.Module, resolution: Resolution, optimizers: Sequence[Optimizer], rates: Mapping[int, float], kind: str
+    model: nn.Module,
+    resolution: Resolution,
+    optimizers: Sequence[Optimizer],
+    rates: Mapping[int, float],
+    kind: str,
+    *,
+    all_known: bool,
+    stepping: bool,
 ) -> list[Problem]:
     """Return what is wrong between a model, its plan and the optimizers that train it together.
 
     Args:
         model: The model, without wrappers.
         resolution: What the plan means for it, in all phases.
-        optimizers: All that train it.
+        optimizers: Those that train it.
         rates: ``id`` of a live trained parameter -> its multiplier now.
         kind: For whom the plan was applied: ``torch``, ``timm`` or ``any``.
+        all_known: Whether these are all, so that what is trained must be in one of them.
+        stepping: Whether it is about to step.
     """
     if not optimizers:
         return []
-    problems = [*_held(model, resolution, optimizers)]
+    problems = [*_held(model, resolution, optimizers, all_known=all_known)]
+    trainable = {id(parameter) for named in apply.trained(model, resolution) for _, parameter in named}
     for optimizer in optimizers:
         title = type(optimizer).__name__
-        if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        if not any(p.requires_grad or id(p) in trainable for p in held):
+            problems.append(
+                Problem(
+                    f"{title} holds no parameter that any phase trains: it does nothing, and under a GradScaler its "
+                    f"step would stop with {_NO_INF}",
+                    notes=("make it from applied.param_groups",),
+                )
+            )
+        elif not any(p.requires_grad for p in held) and _scaler_is_live():
             problems.append(
                 Problem(
                     f"{title} holds no parameter that is trained now: GradScaler.step(optimizer) would stop with "
-                    "'No inf checks were recorded'",
+                    f"{_NO_INF}",
                     notes=("leave it out of the loop until a phase trains what it holds",),
                 )
             )
-        flattened = schedules.fault(optimizer, rates, kind)
+        flattened = schedules.fault(optimizer, rates, kind, stepping=stepping)
         if flattened is not None:
             problems.append(flattened)
     return problems
 
 
-def _held(model: nn.Module, resolution: Resolution, optimizers: Sequence[Optimizer]) -> Iterator[Problem]:
+def _scaler_is_live() -> bool:
+    """Whether an enabled GradScaler is anywhere; slow, so only asked where it decides."""
+    return any(issubclass(type(found), GradScaler) and found.is_enabled() for found in gc.get_objects())
+
+
+def _held(
+    model: nn.Module, resolution: Resolution, optimizers: Sequence[Optimizer], *, all_known: bool
+) -> Iterator[Problem]:
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     held = {id(parameter) for group in groups for parameter in group["params"]}
     called = {name for group in groups for name in group.get("param_names", ())}
@@ -178,7 +212,7 @@ def _held(model: nn.Module, resolution: Resolution, optimizers: Sequence[Optimiz
             f"{_count(replaced, 'trained parameter')} replaced after the optimizer was made: it trains others",
             notes=(_REPLACED, "make the optimizer from applied.param_groups after that"),
         )
-    elif missing:
+    elif missing and all_known:
         yield Problem(
             f"{_count(missing, 'trained parameter', _IS)} in no optimizer",
             notes=("make it from applied.param_groups; of several, check all: applied.check(first, second)",),

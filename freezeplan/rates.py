@@ -33,7 +33,7 @@ class Multiplier:
         self._bases: list[Any] | None = None
         self._hooks = (
             optimizer.register_step_pre_hook(lambda *_: self._scale()),
-            optimizer.register_step_post_hook(lambda *_: self._restore()),
+            optimizer.register_step_post_hook(lambda *_: self.restore()),
         )
 
     def use(self, rates: Mapping[int, float]) -> None:
@@ -42,19 +42,20 @@ class Multiplier:
 
     def remove(self) -> None:
         """Take the hooks away; rates are the scheduler's again."""
-        self._restore()
+        self.restore()
         for hook in self._hooks:
             hook.remove()
 
     def _scale(self) -> None:
-        self._restore()  # a step that raised has left the scaled rates behind
+        self.restore()
         self._bases = [group["lr"] for group in self._optimizer.param_groups]
         for group, factor in zip(
             self._optimizer.param_groups, self._factors, strict=False
         ):  # groups added later: as is
             group["lr"] = group["lr"] * factor
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Put the scheduler's rates back; a step that raised has left the scaled ones behind."""
         if self._bases is not None:
             for group, base in zip(self._optimizer.param_groups, self._bases, strict=False):
                 group["lr"] = base

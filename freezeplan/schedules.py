@@ -68,36 +68,67 @@ def arguments(scheduler: type | str, multipliers: Sequence[float], given: Mappin
     }
 
 
-def fault(optimizer: Optimizer, rates: Mapping[int, float], kind: str) -> Problem | None:
+def factors(optimizer: Optimizer, rates: Mapping[int, float], kind: str) -> list[float | None]:
+    """Return, for each group, the multiplier that should be in its ``lr``; None for one that the plan does not know.
+
+    Takes what ``fault`` takes. With ``any`` it is 1: ``attach`` multiplies later.
+
+    Examples:
+        >>> import torch
+        >>> one, two = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+        >>> factors(torch.optim.SGD([{"params": [one]}, {"params": [two]}]), {id(one): 0.5}, "torch")
+        [0.5, None]
+    """
+    known = {id(group): factor for _, _, factor, group in _known(optimizer, rates)}
+    found = [known.get(id(group)) for group in optimizer.param_groups]
+    return [factor and 1.0 for factor in found] if kind == "any" else found
+
+
+def _known(optimizer: Optimizer, rates: Mapping[int, float]) -> list[tuple[str, float, float, dict[str, Any]]]:
+    """Name, rate, multiplier and dict of each group that has one multiplier."""
+    return [
+        (str(group.get("name") or index), float(group["lr"]), known.pop(), group)
+        for index, group in enumerate(optimizer.param_groups)
+        if len(known := {rates[id(parameter)] for parameter in group["params"] if id(parameter) in rates}) == 1
+    ]
+
+
+def fault(optimizer: Optimizer, rates: Mapping[int, float], kind: str, *, stepping: bool = False) -> Problem | None:
     """Say whether an optimizer's rates have lost the plan's ratios, and to which scheduler; None if they hold.
 
     Args:
         optimizer: An optimizer whose groups came from ``applied.param_groups``.
         rates: ``id`` of a parameter -> its multiplier.
         kind: For whom the plan was applied: ``torch``, ``timm`` or ``any``.
+        stepping: Whether it is about to step, so that what multiplies must have been made.
     """
-    found = [
-        (str(group.get("name") or index), float(group["lr"]), known.pop(), group)
-        for index, group in enumerate(optimizer.param_groups)
-        if len(known := {rates[id(parameter)] for parameter in group["params"] if id(parameter) in rates}) == 1
-    ]
+    for index, group in enumerate(optimizer.param_groups):
+        several = {rates[id(parameter)] for parameter in group["params"] if id(parameter) in rates}
+        if len(several) > 1:
+            return Problem(
+                f"group {group.get('name') or index} of {type(optimizer).__name__} holds parameters that the plan "
+                f"trains at {', '.join(f'{rate:g}' for rate in sorted(several))} times the rate, and gives them one",
+                notes=("make the optimizer from applied.param_groups, not from model.parameters()",),
+            )
+    found = _known(optimizer, rates)
     if len({factor for _, _, factor, _ in found}) < 2:
         return None
-    lrs, factors = [lr for _, lr, _, _ in found], [factor for _, _, factor, _ in found]
+    lrs, wanted = [lr for _, lr, _, _ in found], [factor for _, _, factor, _ in found]
     if kind != "timm" and any("lr_scale" in group for *_, group in found):
         return Problem(
             "the optimizer's groups carry lr_scale, and their rates are multiplied already: a scheduler of timm would "
             "multiply a second time",
             notes=("apply_plan(..., scheduler='timm') for a scheduler of timm",),
         )
-    once = [1.0] * len(found) if kind == "any" else factors
-    if _alike(lrs, once):
+    once = [1.0] * len(found) if kind == "any" else wanted
+    if alike(lrs, once):
         return None
     schedulers = _schedulers(optimizer)  # slow, so only for the sentence
     names = ", ".join(type(scheduler).__name__ for scheduler in schedulers)
-    if kind == "timm" and _alike(lrs, [1.0] * len(found)) and not schedulers and not optimizer.state:
+    early = not stepping and not schedulers and not optimizer.state
+    if kind == "timm" and early and alike(lrs, [1.0] * len(found)):
         return None  # timm's scheduler is still to be made: it multiplies when it is
-    if _alike(lrs, [first * factor for first, factor in zip(once, factors, strict=True)]):
+    if alike(lrs, [first * factor for first, factor in zip(once, wanted, strict=True)]):
         by = f" (by {names})" if names else ""
         return Problem(f"the plan's multipliers act twice{by}: {_table(found)}", notes=(_twice(kind),))
     if kind == "timm":
@@ -107,10 +138,10 @@ def fault(optimizer: Optimizer, rates: Mapping[int, float], kind: str) -> Proble
         )
         return Problem(f"the rates do not have the plan's ratios{by}: {_table(found)}", notes=(advice,))
     by = f"{names} flattened the rates" if names else "the rates no longer have the plan's ratios"
-    return Problem(f"{by}: {_table(found)}", notes=(*_advice(schedulers, factors), _EXACT))
+    return Problem(f"{by}: {_table(found)}", notes=(*_advice(schedulers, wanted), _EXACT))
 
 
-def _alike(lrs: Sequence[float], factors: Sequence[float]) -> bool:
+def alike(lrs: Sequence[float], factors: Sequence[float]) -> bool:
     """Whether the rates are one base times the factors."""
     bases = [lr / factor for lr, factor in zip(lrs, factors, strict=True)]
     return max(bases) - min(bases) <= _TOLERANCE * max(map(abs, bases))

@@ -66,7 +66,7 @@ def test_an_average_of_weights_keeps_what_is_frozen(average: Callable[..., Any])
     """Bit by bit; and the plan that was copied with the model can be undone on its own."""
     model = build()
     before = state(model)
-    live = apply_plan(model, PLAN)
+    live = apply_plan(model, PLAN, guard=False)
     live.seal()
     averaged, update = average(model)
     fit(model, live, update)
@@ -89,8 +89,8 @@ def test_an_average_of_weights_keeps_what_is_frozen(average: Callable[..., Any])
 
 def test_batch_norm_that_was_synchronised_before() -> None:
     model = nn.SyncBatchNorm.convert_sync_batchnorm(build())
-    plain = apply_plan(build(), PLAN)
-    live = apply_plan(model, PLAN)
+    plain = apply_plan(build(), PLAN, guard=False)
+    live = apply_plan(model, PLAN, guard=False)
     live.seal()
     fit(model, live)
 
@@ -112,7 +112,7 @@ def test_batch_norm_that_is_synchronised_later_is_reported() -> None:
 
 def test_pins_above_survive_a_later_synchronisation() -> None:
     model = build()
-    live = apply_plan(model, PLAN)
+    live = apply_plan(model, PLAN, guard=False)
     live.seal()
     for layer in ("layer1", "layer2"):
         setattr(model, layer, nn.SyncBatchNorm.convert_sync_batchnorm(getattr(model, layer)))
@@ -149,11 +149,11 @@ def parametrized(model: nn.Module) -> nn.Module:
 def test_a_wrapper_changes_nothing_of_the_result(wrap: Callable[[nn.Module], nn.Module], first: bool) -> None:
     """Whether it comes before the plan or after it; checkpointing counts a batch twice in trained statistics."""
     bare = build()
-    fit(bare, apply_plan(bare, PLAN))
+    fit(bare, apply_plan(bare, PLAN, guard=False))
     model = build()
     if first:
         model = wrap(model)
-    live = apply_plan(model, PLAN)
+    live = apply_plan(model, PLAN, guard=False)
     if not first:
         model = wrap(model)
         live = applied(model) or live
@@ -206,7 +206,7 @@ def test_a_compiled_model_follows_the_phases() -> None:
 
 def test_a_frozen_parametrized_weight_stands_still() -> None:
     model = parametrized(build())
-    live = apply_plan(model, PLAN)
+    live = apply_plan(model, PLAN, guard=False)
     live.seal()
     fit(model, live)
 

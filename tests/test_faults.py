@@ -232,6 +232,9 @@ OPTIMIZERS = [
             "4 frozen parameters, such as 'body.0.weight', are in an optimizer",
             "  it would move them by momentum or weight decay as soon as they have a gradient, also one of zeros",
             "  make it from applied.param_groups, not from model.parameters()",
+            "",
+            "group 0 of SGD holds parameters that the plan trains at 0.1, 1 times the rate, and gives them one",
+            "  make the optimizer from applied.param_groups, not from model.parameters()",
         ],
         id="frozen-ones",
     ),
@@ -246,9 +249,9 @@ OPTIMIZERS = [
     pytest.param(
         idle,
         [
-            "Adam holds no parameter that is trained now: GradScaler.step(optimizer) would stop with "
-            "'No inf checks were recorded'",
-            "  leave it out of the loop until a phase trains what it holds",
+            "Adam holds no parameter that any phase trains: it does nothing, and under a GradScaler its step would "
+            "stop with 'No inf checks were recorded'",
+            "  make it from applied.param_groups",
         ],
         id="nothing",
     ),
@@ -272,6 +275,32 @@ def test_a_gradscaler_would_stop_there():
     scaler.scale(torch.zeros(1, requires_grad=True).sum()).backward()
     with pytest.raises(AssertionError, match="No inf checks were recorded"):
         scaler.step(optimizer)
+
+
+TWO_PHASES = {
+    "version": 1,
+    "phases": [{"name": "head", "until": 1, "rules": [{"match": "body|mid", "frozen": True}]}, {"name": "all"}],
+    "rules": [{"match": ".*", "lr_mult": 1}],
+}
+
+
+def test_an_optimizer_that_waits_for_its_phase_is_right_without_a_gradscaler(toy):
+    """Only a scaler stops at it, and only an enabled one."""
+    live = apply_plan(toy, TWO_PHASES)
+    head = torch.optim.SGD(toy.head.parameters(), lr=0.1)
+    body = torch.optim.SGD([*toy.body.parameters(), *toy.mid.parameters()], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    live.check(head, body)
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    with pytest.raises(ApplyError) as error:
+        live.check(head, body)
+    del scaler
+    live.check(head, body)
+
+    assert str(error.value) == (
+        "SGD holds no parameter that is trained now: GradScaler.step(optimizer) would stop with "
+        "'No inf checks were recorded'\n  leave it out of the loop until a phase trains what it holds"
+    )
 
 
 def test_two_optimizers_are_checked_together(toy):
@@ -600,7 +629,7 @@ def test_a_copy_of_the_model_is_watched_for_itself(toy):
 
 def test_an_optimizer_that_is_known_is_named_by_verify(toy):
     """verify() looks into the optimizers that were checked or attached."""
-    live, optimizer = start(toy)
+    live, optimizer = start(toy, guard=False)
     live.seal()
     optimizer.add_param_group({"params": [("x", toy.body[0].weight)], "name": "mine"})
     toy.body[0].weight.grad = torch.ones(4, 4)

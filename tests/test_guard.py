@@ -34,7 +34,7 @@ def toy():
 
 @pytest.fixture
 def live(toy):
-    return apply_plan(toy, PLAN)
+    return apply_plan(toy, PLAN, guard=False)  # the guard would refuse these steps; here they are taken
 
 
 def train(model, optimizer, steps=3):
@@ -240,7 +240,7 @@ def test_weight_decay_on_a_gradient_of_zeros_is_named(optimizer, arguments, look
     model = nn.ModuleDict({"body": nn.Linear(20, 20), "head": nn.Linear(20, 2)})
     with torch.no_grad():
         model["body"].weight[0] = 0
-    live = apply_plan(model, PLAN)
+    live = apply_plan(model, PLAN, guard=False)
     live.seal(copy=True)
     careless = optimizer([model["body"].weight], lr=1e-3, weight_decay=0.05, **arguments)
     for _ in range(steps):
