@@ -116,7 +116,7 @@ def test_what_is_frozen_behind_something_trained_is_said():
             "surgical_first on",
             "nothing can be kept: no frozen module runs ahead of what is trained\n",
         ),
-        ("gradual_unfreeze", "gradual_unfreeze, phase head (the first of 5) on test_vit,", " of it\n"),
+        ("gradual_unfreeze", "gradual_unfreeze, phase head (the first of 14) on test_vit,", " of it\n"),
     ],
 )
 def test_what_a_forecast_is_about_is_said(plan, begins, ends):

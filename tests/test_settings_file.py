@@ -64,7 +64,10 @@ def test_mistakes_are_said_with_their_place(
         f"{file}:2:13: batch-size: should be a valid integer, unable to parse string as an integer, found 'many'"
         in said
     )
-    assert f"{file}:3:12: optimizer: 'rmsprp' is not one of 'rmsprop-tf1', 'rmsprop'; did you mean 'rmsprop', " in said
+    assert (
+        f"{file}:3:12: optimizer: 'rmsprp' is not one of 'rmsprop-tf1', 'rmsprop', 'adamw', 'sgd'; "
+        "did you mean 'rmsprop'" in said
+    )
     assert f"{file}:4:8: label: '3' is not one of 'largest', 'first'" in said
     assert not taken
 
