@@ -218,7 +218,7 @@ POSITIONS = {
 """Model -> the ends of the names of what tells it positions apart."""
 
 
-@pytest.mark.parametrize("name", POSITIONS)
+@pytest.mark.parametrize("name", [name for name in POSITIONS if timm.is_model(name)])
 def test_what_tells_positions_apart_has_the_role_pos_embed(name: str) -> None:
     """Absolute and relative, tensors and what makes them; no attention that is only called so (coat's)."""
     found = describe(create_model(name, meta=True)).roles["pos_embed"]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import timm
+from packaging.version import Version
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
@@ -92,7 +93,8 @@ def test_portable_presets_fit_every_model(name: str, left_out: Callable[[Descrip
     assert sorted(set(described.stages.values())) == list(range(lowest, described.last_stage + 1))
     assert described.last_stage >= 3
     assert classifier(model).isdisjoint(id(named[tensor]) for tensor in described.stages)
-    assert left_out(described) == {part for part, models in LEFT_OUT.get(module, {}).items() if name in models}
+    if Version(timm.__version__) >= Version("1.0.31"):  # of which the file tells
+        assert left_out(described) == {part for part, models in LEFT_OUT.get(module, {}).items() if name in models}
     for preset in PRESETS:
         expected = refusal(preset, model, described)
         if expected:
