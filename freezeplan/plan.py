@@ -35,8 +35,6 @@ _STAGE = re.compile(r"-?\d+|(?:-?\d+)?\.\.(?:-?\d+)?")
 
 SELECTORS = ("match", "type", "role", "stage")
 """The keys of a rule that select; all that are given must hold."""
-SETTINGS = ("frozen", "lr_mult", "wd_mult", "mode", "reinit")
-"""The keys of a rule that set something."""
 
 
 def _check_pattern(pattern: str) -> str:

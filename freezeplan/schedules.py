@@ -89,8 +89,13 @@ def _known(optimizer: Optimizer, rates: Mapping[int, float]) -> list[tuple[str, 
     return [
         (str(group.get("name") or index), float(group["lr"]), known.pop(), group)
         for index, group in enumerate(optimizer.param_groups)
-        if len(known := {rates[id(parameter)] for parameter in group["params"] if id(parameter) in rates}) == 1
+        if len(known := _multipliers(group, rates)) == 1
     ]
+
+
+def _multipliers(group: Mapping[str, Any], rates: Mapping[int, float]) -> set[float]:
+    """The multipliers of a group's parameters, as far as the plan knows them."""
+    return {rates[id(parameter)] for parameter in group["params"] if id(parameter) in rates}
 
 
 def fault(optimizer: Optimizer, rates: Mapping[int, float], kind: str, *, stepping: bool = False) -> Problem | None:
@@ -103,7 +108,7 @@ def fault(optimizer: Optimizer, rates: Mapping[int, float], kind: str, *, steppi
         stepping: Whether it is about to step, so that what multiplies must have been made.
     """
     for index, group in enumerate(optimizer.param_groups):
-        several = {rates[id(parameter)] for parameter in group["params"] if id(parameter) in rates}
+        several = _multipliers(group, rates)
         if len(several) > 1:
             return Problem(
                 f"group {group.get('name') or index} of {type(optimizer).__name__} holds parameters that the plan "

@@ -171,16 +171,6 @@ class _CutError(Exception):
     """The transfer ended early; what came is kept, and asking again may help."""
 
 
-_MAY_PASS = (
-    _CutError,
-    urllib.error.URLError,
-    http.client.HTTPException,
-    ConnectionError,
-    TimeoutError,
-    UnicodeError,  # a host's name that cannot be written
-)
-
-
 def _fetch(archive: Archive, url: str, part: Path, progress: Callable[[int], None], pause: float) -> None:
     """Fill ``part`` to the archive's size, in several attempts."""
     reason = ""

@@ -33,11 +33,6 @@ from freezeplan.whole import whole_file
 NAME = "report.html"
 SIDE = 96
 """Of a photo in the gallery, in pixels."""
-DECISIVE = (
-    "epochs", "batch_size", "image_size", "lr", "optimizer", "label", "augment", "normalise", "flatten", "resize",
-    "clip", "warmup", "amp",
-)  # fmt: skip
-"""Settings that a command has to name to repeat a run."""
 PHOTOS = 8
 """In the gallery of an arm."""
 

@@ -75,16 +75,21 @@ class Epoch(_Part):
     val_top1_error: Fraction
 
 
-class OneRun(_Part):
-    """One arm with one seed."""
+class Errors(_Part):
+    """The errors of a run, or their means over seeds."""
 
-    seed: int
     top1_error: Fraction
     top5_error: Fraction | None
     largest_error: Fraction
     first_error: Fraction
     any_error: Fraction
     train_error: Fraction
+
+
+class OneRun(Errors):
+    """One arm with one seed."""
+
+    seed: int
     learned: bool
     average_precision: dict[Name, Fraction | None]
     predicted: list[Index]
@@ -117,16 +122,10 @@ class Pair(_Part):
     reason: Name | None
 
 
-class Arm(_Part):
+class Arm(Errors):
     """One arm over its seeds."""
 
     plan: Plan
-    top1_error: Fraction
-    top5_error: Fraction | None
-    largest_error: Fraction
-    first_error: Fraction
-    any_error: Fraction
-    train_error: Fraction
     deviation: Deviation
     average_precision: dict[Name, Fraction | None]
     learned: bool
