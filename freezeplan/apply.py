@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -68,13 +68,15 @@ def _still(module: nn.Module) -> None:
     ahead = [module]
     while ahead:
         part = ahead.pop()
-        if _plain(cast(Hashable, type(part))):
+        cls: Any = type(part)
+        if _plain(cls):
             part.__dict__["training"] = False
         else:
-            type(part).train(part, False)
+            cls.train(part, False)
             part.training = False
         empty_cache(part)
-        ahead += (child for child in part._modules.values() if child is not None)
+        if part._modules:
+            ahead += [child for child in part._modules.values() if child is not None]
 
 
 @functools.cache
@@ -153,7 +155,7 @@ def pin(live: names.Live, resolution: Resolution) -> None:
     held = {id(module) for name, found in live.modules.items() if modes[name] == "eval" for module in found}
     mixed: set[int] = set()  # modules that are in train, or hold one that is
     for _, part in reversed(live.walked):  # children come before their parents
-        if id(part) not in held or not mixed.isdisjoint(map(id, part._modules.values())):
+        if id(part) not in held or (part._modules and not mixed.isdisjoint(map(id, part._modules.values()))):
             mixed.add(id(part))
     seen: set[int] = set()
     ahead = [live.walked[0][1]]

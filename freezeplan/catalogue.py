@@ -7,8 +7,9 @@ its value a package that holds ``*.yaml`` files. ``mylab = "mylab.plans"`` makes
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata, resources
 from importlib.resources.abc import Traversable
 
@@ -18,7 +19,8 @@ GROUP = "freezeplan.presets"
 """The entry point group."""
 
 
-def shipped() -> dict[str, Traversable]:
+@functools.cache
+def shipped() -> Mapping[str, Traversable]:
     """Return the presets that ship with the package: name -> file, in alphabetical order.
 
     Examples:

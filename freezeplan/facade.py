@@ -15,12 +15,26 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from freezeplan import apply, cache, delta, faults, names, phases, rates, replay, schedules, steps, store, zoo
+from freezeplan import (
+    apply,
+    boundaries,
+    cache,
+    delta,
+    faults,
+    names,
+    phases,
+    rates,
+    replay,
+    schedules,
+    steps,
+    store,
+    zoo,
+)
 from freezeplan import guard as guards
 from freezeplan.errors import ApplyError, FreezePlanWarning
 from freezeplan.load import PlanLike, load_plan
 from freezeplan.plan import Plan
-from freezeplan.prefix import Prefix, undisturbed, watch
+from freezeplan.prefix import Prefix, undisturbed
 from freezeplan.resolution import Resolution
 from freezeplan.resolve import resolve
 from freezeplan.sharded import is_sharded
@@ -28,8 +42,6 @@ from freezeplan.sharded import is_sharded
 _ATTRIBUTE = "_freezeplan"
 _LIVE: weakref.WeakSet[AppliedPlan] = weakref.WeakSet()
 """Plans that were applied in this process and maybe undone since, those of copies too."""
-_Ahead = tuple[Resolution, Prefix]
-"""What is frozen in one phase, and what of a pass can be memoised then."""
 
 
 def resolve_plan(plan: PlanLike, model: nn.Module) -> Resolution:
@@ -196,7 +208,7 @@ class AppliedPlan:
         self._steps: steps.Steps | None = None
         self._told = False
         self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
-        self._memoised: tuple[Any, list[_Ahead], _Ahead | None, replay.Rest] | None = None
+        self._memoised: tuple[Any, boundaries.Cuts] | None = None
 
     @property
     def plan(self) -> Plan:
@@ -567,8 +579,7 @@ class AppliedPlan:
             32,784,384 of 32,784,960 forward FLOPs an image (100.0%)
         """
         self._check_live()
-        random = {module.name: module.random for module in zoo.describe(self.model).modules}
-        return watch(self.model, sample, random)
+        return boundaries.prefix_of(self.model, sample)
 
     def cached(
         self,
@@ -639,15 +650,8 @@ class AppliedPlan:
             self.model.to(there)
             try:
                 sample = cache.first_images(dataset, views, seed).to(there)
-                parts, before, rest = self._proven(sample)
-
-                def boundary(part: Resolution, ahead: Prefix) -> cache.Boundary:
-                    key = cache.key(self.model, part, ahead, dtype, there)
-                    return cache.Boundary(ahead, where / key, self._about(part, ahead, dtype))
-
-                found = list({one.folder: one for one in (boundary(*part) for part in parts)}.values())
-                # half the digits, run through more layers, are less than half the digits
-                earlier = boundary(*before) if before is not None and dtype == "float32" else None
+                cuts = self._cuts(sample)
+                found, earlier = boundaries.places(self.model, self.resolution, cuts, where, dtype, there)
                 self.model.train()
                 with replay.channels_last(self.model, [one.prefix for one in found], sample):
                     features = cache.fill(
@@ -657,58 +661,15 @@ class AppliedPlan:
                 cache.check_stored(self.model, found[0].prefix, sample, features, dtype)
             finally:
                 self.model.to(home)
-        return features, rest
+        return features, cuts.rest
 
-    def _proven(self, sample: torch.Tensor) -> tuple[list[_Ahead], _Ahead | None, replay.Rest]:
-        """What can be memoised now, and in later phases as far as it is frozen until then; proved once a phase.
-
-        And what could be in an earlier phase, if all of it is frozen now and those features lead to these.
-        """
+    def _cuts(self, sample: torch.Tensor) -> boundaries.Cuts:
+        """What can be kept, found once a phase and shape of images."""
         facts = (sample.shape, sample.dtype, sample.device)
-        if self._memoised is not None and self._memoised[0] == facts:
-            return self._memoised[1:]
-        now = self.prefix(sample)
-        if not now.stored:
-            raise ApplyError(f"there is nothing to keep: {now}", notes=["train on images, with the same plan"])
-        if now.advice:
-            warnings.warn(now.advice, FreezePlanWarning, stacklevel=3)
-        rest = replay.Rest(self.model, now)
-        replay.prove(self.model, rest, now, sample)
-        index = phases.phase_at(self.plan.phases, self._progress, self._epochs)
-        found, live = [(self._part, now)], names.survey(self.model)
-        still = frozen = {row.name for row in self._part.frozen}
-        before: _Ahead | None = None
-        try:
-            for part in self.resolution.parts[index + 1 :]:
-                still = still & {row.name for row in part.frozen}
-                if {row.name for row in part.frozen} != still:
-                    break  # what is trained until then and frozen again is not known yet
-                apply.enter(live, part)
-                ahead = self.prefix(sample)
-                if ahead.stored and not ahead.advice:
-                    found.append((part, ahead))
-            for part in reversed(self.resolution.parts[:index]):
-                if {row.name for row in part.frozen} < frozen:
-                    apply.enter(live, part)
-                    before = part, self.prefix(sample)
-                    break
-        finally:
-            if self.plan.phases:
-                apply.enter(live, self._part)
-        if before is not None and not replay.leads(self.model, before[1], [ahead for _, ahead in found], sample):
-            before = None
-        self._memoised = facts, found, before, rest
-        return found, before, rest
-
-    def _about(self, part: Resolution, found: Prefix, dtype: str) -> dict[str, Any]:
-        return {
-            "model": self.resolution.model,
-            "plan": self.plan.title + (f", phase {part.phase}" if part.phase else ""),
-            "memoised": list(dict.fromkeys(call.module for call in found.stored)),
-            "dtype": dtype,
-            "image": list(found.image_shape),
-            "bytes": found.elements * getattr(torch, dtype).itemsize,
-        }
+        if self._memoised is None or self._memoised[0] != facts:
+            index = phases.phase_at(self.plan.phases, self._progress, self._epochs)
+            self._memoised = facts, boundaries.find_cuts(self.model, self.resolution, index, sample)
+        return self._memoised[1]
 
     def undo(self) -> None:
         """Give the model back its flags and modes, take the pins away, clear gradients. Values stay. Twice is once."""

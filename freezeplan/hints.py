@@ -82,7 +82,8 @@ def _head_alone(plan: Plan, model: Description, frozen: Collection[str]) -> Iter
     if not any(rule.role and "head" in rule.role for rule in plan.rules):
         return
     head = model.roles["head"]
-    left = [t for t in model.tensors if t.name in frozen and len(t.shape) > 1 and beside_head(t.name, head)]
+    beside = beside_head((tensor.name for tensor in model.tensors if tensor.name in frozen), head)
+    left = [tensor for tensor in model.tensors if tensor.name in beside and len(tensor.shape) > 1]
     if left:
         holders = {above for name in head for above in prefixes(name)}
         places = (tensor.name if tensor.module in holders else tensor.module for tensor in left)

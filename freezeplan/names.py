@@ -9,7 +9,7 @@ tensors. ``module.`` (DDP), ``_orig_mod.`` (compile), ``_fsdp_wrapped_module.``,
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ _WRAPPER_CLASSES = frozenset(
     ("DataParallel", "DistributedDataParallel", "AveragedModel", "ModelEma", "ModelEmaV2", "ModelEmaV3")
 )
 """Wrappers that call what they wrap ``module``, a name that models use too."""
-_SUSPECT = re.compile(rf"(?:^|\.)(?:{'|'.join(sorted(_WRAPPERS))}|parametrizations)(?:\.|$)")
+_SPECIAL = _WRAPPERS | {"parametrizations"}
+_SUSPECT = re.compile(rf"(?:^|\.)(?:{'|'.join(sorted(_SPECIAL))})(?:\.|$)")
 
 
 def canonical(name: str, own: Collection[str] = ()) -> str:
@@ -78,9 +79,9 @@ def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
     while ahead:
         name, module = place = ahead.pop()
         found.append(place)
-        if module._modules:
+        if children := module._modules:
             below = f"{name}." if name else ""
-            ahead += [(below + key, child) for key, child in reversed(module._modules.items()) if child is not None]
+            ahead += [(below + key, child) for key, child in reversed(children.items()) if child is not None]
     return found
 
 
@@ -128,26 +129,30 @@ def survey(model: nn.Module) -> Live:
         (['bias', 'weight'], [''], 2)
     """
     walked = walk(model)
+    if _SPECIAL.isdisjoint(key for _, module in walked if module._modules for key in module._modules):
+        plain = ((name, [parameter]) for name, parameter in _owned(walked))
+        return Live(walked, dict(plain), {name: [module] for name, module in walked}, dict(walked))
     own = called_module(walked)
-    parameters: dict[str, list[nn.Parameter]] = {}
-    modules: dict[str, list[nn.Module]] = {}
     inner: dict[str, nn.Module] = {}
-    for above, module in walked:
-        wrapped = _SUSPECT.search(above)
-        name = canonical_module(above, own) if wrapped else above
-        if name in modules:
-            modules[name].append(module)
-        else:
-            modules[name] = [module]
-        if not wrapped or "parametrizations" not in above.split("."):
-            inner[name] = module  # of a module and the wrappers around it, the innermost comes last
-        if module._parameters:
-            below = f"{above}." if above else ""
-            for key, parameter in module._parameters.items():
+    for name, module in walked:
+        if "parametrizations" not in name.split("."):
+            inner[canonical_module(name, own)] = module  # of a module and the wrappers around it, the innermost is last
+    return Live(
+        walked,
+        _grouped((canonical(name, own), parameter) for name, parameter in _owned(walked)),
+        _grouped((canonical_module(name, own), module) for name, module in walked),
+        inner,
+    )
+
+
+def _owned(walked: Sequence[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of what ``walk`` found, under all of their names."""
+    for name, module in walked:
+        if parameters := module._parameters:
+            below = f"{name}." if name else ""
+            for key, parameter in parameters.items():
                 if parameter is not None:
-                    name = canonical(below + key, own) if wrapped else below + key
-                    parameters.setdefault(name, []).append(parameter)
-    return Live(walked, parameters, modules, inner)
+                    yield below + key, parameter
 
 
 def parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -6,6 +6,7 @@ Every rule wins something somewhere.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -107,7 +108,8 @@ def _decide(plan: Plan, model: Description) -> _Decided:
     winners = {setting: _winners(plan, selections, setting) for setting in ("rate", "wd_mult", "mode", "reinit")}
     module_rules = _module_rules(plan, selections)
     uses = tuple(_uses(plan, model, selections, winners, module_rules))
-    rates = {tensor.name: _rate(plan, winners["rate"].get(tensor.name)) for tensor in model.tensors}
+    said = {index: _rate(plan, index) for index in (None, *range(len(plan.rules)))}
+    rates = {tensor.name: said[winners["rate"].get(tensor.name)] for tensor in model.tensors}
     unused = dict(_unused(plan, model, selections, uses))
     problems = [*_uncovered(plan, rates), *_overlaps(plan, selections)]
     modes_by_rule, conflicts = _decided_modes(plan, model, winners["mode"], module_rules)
@@ -132,6 +134,7 @@ def _view(
     modes = _modes(model, frozen, modes_by_rule)
     _check_caches(plan, model, frozen, modes)
 
+    exempt = model.no_decay if plan.weight_decay == "timm" else frozenset()
     wd_mult = {name: plan.rules[index].wd_mult or 0.0 for name, index in winners["wd_mult"].items()}
     reinit = {name: bool(plan.rules[index].reinit) for name, index in winners["reinit"].items()}
     rows = tuple(
@@ -140,9 +143,7 @@ def _view(
             shape=tensor.shape,
             frozen=tensor.name in frozen,
             lr_mult=_decayed(plan, model, tensor.name, decided[tensor.name][1]),
-            wd_mult=0.0
-            if plan.weight_decay == "timm" and tensor.name in model.no_decay
-            else wd_mult.get(tensor.name, 1.0),
+            wd_mult=0.0 if tensor.name in exempt else wd_mult.get(tensor.name, 1.0),
             mode=modes[tensor.module],
             reinit=reinit.get(tensor.name, False),
             rule=None if (index := winners["rate"].get(tensor.name)) is None else index + 1,
@@ -164,9 +165,9 @@ def _view(
         exponents=model.exponents if plan.layer_decay else {},
         unplaced=model.unplaced if plan.layer_decay or any(rule.stage for rule in plan.rules) else (),
         alive=tuple(
-            module.name
-            for module in model.modules
-            if (own := model.own[module.name]) and frozen.issuperset(own) and modes[module.name] == "train"
+            name
+            for name, mode in modes_by_rule.items()
+            if mode == "train" and (own := model.own[name]) and frozen.issuperset(own)
         ),
     )
 
@@ -174,20 +175,18 @@ def _view(
 def _winners(plan: Plan, selections: Sequence[Selection], setting: str) -> dict[str, int]:
     """Tensor -> index of the first rule that matches it and gives the setting."""
     winners: dict[str, int] = {}
-    for index, (rule, selection) in enumerate(zip(plan.rules, selections, strict=True)):
+    for index, rule in reversed(list(enumerate(plan.rules))):  # so the first is written last
         if setting in rule.settings:
-            for name in selection.tensors:
-                winners.setdefault(name, index)
+            winners |= dict.fromkeys(selections[index].tensors, index)
     return winners
 
 
 def _module_rules(plan: Plan, selections: Sequence[Selection]) -> dict[str, int]:
     """Module without parameters -> index of the first rule with ``mode`` alone that selects it."""
     winners: dict[str, int] = {}
-    for index, (rule, selection) in enumerate(zip(plan.rules, selections, strict=True)):
+    for index, rule in reversed(list(enumerate(plan.rules))):
         if rule.settings == ("mode",):
-            for name in selection.modules:
-                winners.setdefault(name, index)
+            winners |= dict.fromkeys(selections[index].modules, index)
     return winners
 
 
@@ -212,17 +211,15 @@ def _uses(
     module_rules: Mapping[str, int],
 ) -> Iterator[RuleUse]:
     for index, (rule, selection) in enumerate(zip(plan.rules, selections, strict=True)):
-        takers: Counter[int] = Counter()
-        deciding = [winners[setting] for setting in rule.settings]
-        for name in selection.tensors:
-            owners = [winner[name] for winner in deciding]
-            if index not in owners:
-                takers[owners[0] + 1] += 1
+        lost: Sequence[str] = selection.tensors
+        for setting in rule.settings:
+            lost = [name for name in lost if winners[setting][name] != index]
+        takers = Counter(winners[rule.settings[0]][name] + 1 for name in lost)
         yield RuleUse(
             number=index + 1,
             text=rule.text,
             where=plan.source.where(("rules", index)),
-            decided=len(selection.tensors) - takers.total(),
+            decided=len(selection.tensors) - len(lost),
             modules=sum(module_rules.get(name) == index for name in selection.modules),
             takers=tuple(takers.most_common()),
             everything=len(selection.tensors) == len(model.tensors),
@@ -373,13 +370,13 @@ def _decided_modes(
 def _modes(model: Description, frozen: frozenset[str], decided: Mapping[str, Mode]) -> dict[str, Mode]:
     """Every module's mode while the model trains; see the module rules in the order written here."""
     modes: dict[str, Mode] = {}
-    any_below, trained_below = _above(model, frozenset()), _above(model, frozen)
+    any_below, trained_below, own = _above(model, frozenset()), _above(model, frozen), model.own
     for module in model.modules:  # parents come before their children
         name = module.name
         if name in decided:
             mode = decided[name]
-        elif own := model.own[name]:
-            mode = "eval" if frozen.issuperset(own) else "train"
+        elif owned := own[name]:
+            mode = "eval" if frozen.issuperset(owned) else "train"
         elif name in any_below:
             mode = "train" if name in trained_below else "eval"
         else:
@@ -393,13 +390,12 @@ def _modes(model: Description, frozen: frozenset[str], decided: Mapping[str, Mod
 def _above(model: Description, frozen: frozenset[str]) -> set[str]:
     """The modules that own, or stand above, a tensor that is not frozen, under any of its names."""
     found: set[str] = set()
-    for tensor in model.tensors:
-        if tensor.name not in frozen:
-            for name in tensor.names:
-                above = name.rpartition(".")[0]
-                while above not in found:  # what stands above it is there already
-                    found.add(above)
-                    above = above.rpartition(".")[0]
+    own = {tensor.module for tensor in model.tensors if tensor.name not in frozen}
+    further = [tensor.aliases for tensor in model.tensors if tensor.aliases and tensor.name not in frozen]
+    for above in own.union(name.rpartition(".")[0] for name in itertools.chain(*further)):
+        while above not in found:  # what stands above it is there already
+            found.add(above)
+            above = above.rpartition(".")[0]
     return found
 
 

@@ -6,7 +6,7 @@ has the stage of the tensor ahead of it in the model's own order, and is listed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 
 def by_groups(ids: Mapping[str, int], unmatched: Collection[str], head: Collection[str]) -> dict[str, int]:
@@ -26,9 +26,9 @@ def by_groups(ids: Mapping[str, int], unmatched: Collection[str], head: Collecti
         {'stem.weight': 0, 'blocks.0.weight': 1, 'norm.weight': 1}
     """
     stages: dict[str, int] = {}
-    ahead = 0
+    ahead, beside = 0, beside_head(unmatched, head)
     for name, group in ids.items():
-        if name in head or (name in unmatched and beside_head(name, head)):
+        if name in head or name in beside:
             continue
         ahead = stages[name] = ahead if name in unmatched else group
     return stages
@@ -59,9 +59,9 @@ def by_features(
     holds = [any(name.startswith(f"{tap}.") for name in names) for tap in taps]
     stem = sum("stem" in tap or first.startswith(f"{tap}.") for tap in taps[:1])
     stages: dict[str, int] = {}
-    last = 0
+    last, beside = 0, beside_head(names, head)
     for name in names:
-        if name in head or beside_head(name, head):
+        if name in head or name in beside:
             continue
         inside = next((index for index, tap in enumerate(taps) if name.startswith(f"{tap}.")), None)
         if inside is None:
@@ -78,11 +78,19 @@ def by_features(
     return stages
 
 
-def beside_head(name: str, head: Collection[str]) -> bool:
-    """Whether a tensor stands in the module that holds the classifier, or in ``pre_logits``."""
-    holders = {tensor.split(".")[0] for tensor in head if tensor.count(".") >= 2}
-    parts = name.split(".")
-    return parts[0] in holders or "pre_logits" in parts
+def beside_head(names: Iterable[str], head: Collection[str]) -> frozenset[str]:
+    """Return the tensors that stand in the module that holds the classifier, or in ``pre_logits``.
+
+    Examples:
+        >>> sorted(beside_head(["norm.weight", "head.norm.weight", "pre_logits.fc.weight"], {"head.fc.weight"}))
+        ['head.norm.weight', 'pre_logits.fc.weight']
+    """
+    holders = {name.partition(".")[0] for name in head if name.count(".") >= 2}
+    return frozenset(
+        name
+        for name in names
+        if name.partition(".")[0] in holders or ("pre_logits" in name and "pre_logits" in name.split("."))
+    )
 
 
 def exponents(ids: Mapping[str, int]) -> dict[str, int]:

@@ -12,7 +12,7 @@ import importlib
 import importlib.metadata
 import inspect
 import re
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -127,14 +127,11 @@ def describe(model: nn.Module, *, live: names.Live | None = None, asked: Collect
     """
     model = names.unwrap(model)
     live = live or names.survey(model)
-    by_object: dict[int, list[str]] = {}
-    for name, (parameter, *_) in live.parameters.items():
-        by_object.setdefault(id(parameter), []).append(name)
+    first_name, aliases = _first_names((name, found[0]) for name, found in live.parameters.items())
     tensors = tuple(
-        Tensor(first, _shape(live.parameters[first]), names.owner(first), tuple(rest))
-        for first, *rest in by_object.values()
+        Tensor(name, _shape(live.parameters[name]), names.owner(name), aliases.get(name, ()))
+        for name in first_name.values()
     )
-    first_name = {identity: first for identity, (first, *_) in by_object.items()}
     modules = tuple(_modules(live.inner))
     head = _head(model, first_name, live.inner)
     listed = frozenset(_listed(model, tensors))
@@ -243,19 +240,38 @@ def _shape(parameters: list[nn.Parameter]) -> tuple[int, ...]:
 
 
 def _modules(inner: Mapping[str, nn.Module]) -> Iterator[Module]:
-    by_object: dict[int, list[str]] = {}
-    for name, module in inner.items():
-        by_object.setdefault(id(module), []).append(name)
-    for first, *rest in by_object.values():
-        module = inner[first]
-        types = _types(cast(Hashable, type(module)))
-        yield Module(first, types, tuple(rest), _random(module), "attention_bias_cache" in module.__dict__)
+    first_name, aliases = _first_names(inner.items())
+    for name in first_name.values():
+        module = inner[name]
+        cls: Any = type(module)
+        random = _random(module) if _may_draw(cls) else ""
+        yield Module(name, _types(cls), aliases.get(name, ()), random, "attention_bias_cache" in module.__dict__)
+
+
+def _first_names(named: Iterable[tuple[str, object]]) -> tuple[dict[int, str], dict[str, tuple[str, ...]]]:
+    """The ``id`` of each object -> its first name; and the first names of what has further ones -> these."""
+    first: dict[int, str] = {}
+    further: dict[str, tuple[str, ...]] = {}
+    for name, item in named:
+        known = first.setdefault(id(item), name)
+        if known is not name:
+            further[known] = (*further.get(known, ()), name)
+    return first, further
 
 
 @functools.cache
 def _types(cls: Any) -> tuple[str, ...]:
     """The name of a class and of its bases, ``nn.Module`` excepted."""
     return tuple(base.__name__ for base in cls.__mro__ if base not in (nn.Module, object))
+
+
+@functools.cache
+def _may_draw(cls: Any) -> bool:
+    """Whether to look at what a class's instances hold: not at torch's own layers that are told nothing of dropout."""
+    if not cls.__module__.startswith("torch.nn.") or "Drop" in cls.__name__:
+        return True
+    told = (getattr(base.__init__, "__code__", None) for base in cls.__mro__)
+    return any("drop" in name for code in told if code for name in code.co_varnames)
 
 
 def _random(module: nn.Module) -> str:
@@ -268,10 +284,11 @@ def _random(module: nn.Module) -> str:
         for key, value in vars(module).items()
         if isinstance(value, float) and value > 0 and (is_dropout or "drop" in key)
     }
-    if not rates or not _draws(cast(Hashable, type(module))):
+    cls: Any = type(module)
+    if not rates or not _draws(cls):
         return ""
     key, rate = max(rates.items(), key=lambda item: item[1])
-    return f"{type(module).__name__} {key}={rate:g}"
+    return f"{cls.__name__} {key}={rate:g}"
 
 
 @functools.cache
@@ -312,7 +329,8 @@ def _configured(model: nn.Module, live: Mapping[str, nn.Module]) -> Iterator[nn.
 def _norms(inner: Mapping[str, nn.Module], first_name: Mapping[int, str]) -> Iterator[str]:
     """Normalisation layers: their class, or a base, is called so, all they own is 1-d, and nothing below owns more."""
     for name, module in inner.items():
-        if not any(map(_NORM.search, _types(cast(Hashable, type(module))))):
+        cls: Any = type(module)
+        if not any(map(_NORM.search, _types(cls))):
             continue
         own = [parameter for parameter in module._parameters.values() if parameter is not None]
         if (
@@ -336,6 +354,8 @@ def _listed(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[str]:
     """The tensors that ``no_weight_decay()`` lists, by name or by pattern."""
     patterns: Iterable[str] = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
     patterns = set(patterns)
+    if not patterns:
+        return
     globs = [pattern for pattern in patterns if any(sign in pattern for sign in "*?[")]
     for tensor in tensors:
         if not patterns.isdisjoint(tensor.names) or any(fnmatch.filter(tensor.names, glob) for glob in globs):
