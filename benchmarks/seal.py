@@ -15,7 +15,8 @@ import torch
 from timing import alternate, show
 from torch import Tensor
 
-from freezeplan import apply_plan, guard
+from freezeplan import apply_plan
+from freezeplan.seal import still
 from freezeplan.zoo import create_model
 
 DIGESTS = ("sha256", "sha512", "sha3_256", "blake2b", "blake2s")
@@ -32,7 +33,7 @@ def main() -> None:
     given = parser.parse_args()
     model = create_model(given.model, num_classes=20)
     live = apply_plan(model, given.plan, lr=1e-3)
-    held = [tensor for _, tensors in guard.still(model, live.resolution) for tensor in tensors]
+    held = [tensor for _, tensors in still(model, live.resolution) for tensor in tensors]
     live.seal()
     ways: dict[str, Callable[[], object]] = {
         "seal": live.seal,

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from freezeplan import guard, names, store, zoo
+from freezeplan import names, seal, store, zoo
 from freezeplan.errors import ApplyError, FreezePlanError
 from freezeplan.prefix import Prefix, close
 from freezeplan.replay import capture
@@ -160,8 +160,8 @@ def key(model: nn.Module, part: Resolution, prefix: Prefix, dtype: FeatureDtype,
         "versions": [torch.__version__, zoo.version()],
     }
     found.update(json.dumps(facts).encode())
-    for name, tensors in guard.still(model, part):
-        found.update(f"{name} {guard.digest(tensors)}".encode())
+    for name, tensors in seal.still(model, part):
+        found.update(f"{name} {seal.digest(tensors)}".encode())
     return found.hexdigest()[:16]
 
 

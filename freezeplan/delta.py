@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from freezeplan import apply, evidence, guard, names, zoo
+from freezeplan import apply, evidence, names, seal, zoo
 from freezeplan.errors import OutputError, WeightsError, printable
 from freezeplan.load import load_plan
 from freezeplan.plan import Plan
@@ -57,7 +57,7 @@ class Delta:
     base: str
     """Content hash (sha256) of all that stood still: of names and ``held``."""
     held: Mapping[str, str]
-    """Name of each tensor or buffer that stood still -> its digest (``freezeplan.guard.digest``)."""
+    """Name of each tensor or buffer that stood still -> its digest (``freezeplan.seal.digest``)."""
     tensors: Mapping[str, Tensor]
     """Name -> trained tensor or moved buffer; the parts of a parametrized one are ``NAME[0]``, ``NAME[1]``."""
 
@@ -81,8 +81,8 @@ def save(model: nn.Module, resolution: Resolution, phase: str, path: str | Path)
     """
     live = tensors_of(model)
     anew = apply.started_anew(model, resolution)
-    still = {key for key, _ in _numbered(pair for pair in guard.still(model, resolution) if pair[0] not in anew)}
-    held = {key: guard.digest([tensor]) for key, tensor in live.items() if key in still}
+    still = {key for key, _ in _numbered(pair for pair in seal.still(model, resolution) if pair[0] not in anew)}
+    held = {key: seal.digest([tensor]) for key, tensor in live.items() if key in still}
     header = {
         "format": _FORMAT,
         "plan": json.dumps(resolution.plan.model_dump(mode="json", exclude_defaults=True)),
@@ -229,7 +229,7 @@ def check(delta: Delta, base: Mapping[str, Tensor], *, where: str, model: str) -
                 reason = f"the delta has {_kind(expected)}, {model} has {_kind(found)}"
         elif name not in delta.held:
             reason = "the delta does not know it"
-        elif guard.digest([base[name]]) != delta.held[name]:
+        elif seal.digest([base[name]]) != delta.held[name]:
             reason = "its values are others than those that the delta was made on"
         if reason:
             made = f"it was made on {delta.model}" + (f" of timm {delta.timm}" if delta.timm else "")
@@ -280,7 +280,7 @@ def compare(first: Delta, second: Delta) -> tuple[Difference, ...]:
             found.append(Difference(name, "only in the second" if one is None else "only in the first"))
         elif (one.shape, one.dtype) != (two.shape, two.dtype):
             found.append(Difference(name, f"{_kind(one)} -> {_kind(two)}"))
-        elif guard.digest([one]) != guard.digest([two]):
+        elif seal.digest([one]) != seal.digest([two]):
             amount = evidence.largest_change([one], [two])
             found.append(Difference(name, f"differs by up to {amount:.3g}", amount))
     return tuple(found)

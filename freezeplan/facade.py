@@ -30,13 +30,13 @@ from freezeplan import (
     store,
     zoo,
 )
-from freezeplan import guard as guards
 from freezeplan.errors import ApplyError, FreezePlanWarning
 from freezeplan.load import PlanLike, load_plan
 from freezeplan.plan import Plan
 from freezeplan.prefix import Prefix, undisturbed
 from freezeplan.resolution import Resolution
 from freezeplan.resolve import resolve
+from freezeplan.seal import Seal, Verification, compare, take_seal
 from freezeplan.sharded import is_sharded
 
 _ATTRIBUTE = "_freezeplan"
@@ -203,7 +203,7 @@ class AppliedPlan:
         self._progress = phases.Progress()
         self._multiplier: rates.Multiplier | None = None
         self._before = before
-        self._seal: guards.Seal | None = None
+        self._seal: Seal | None = None
         self._guarded = True
         self._steps: steps.Steps | None = None
         self._told = False
@@ -501,13 +501,13 @@ class AppliedPlan:
         """
         self._check_live()
         self._unseal()
-        self._seal = guards.take_seal(self.model, self.resolution, copy=copy)
+        self._seal = take_seal(self.model, self.resolution, copy=copy)
 
     def _unseal(self) -> None:
         if self._seal is not None:
             self._seal.loads.remove()
 
-    def verify(self) -> guards.Verification:
+    def verify(self) -> Verification:
         """Compare what is frozen with the seal, bit by bit.
 
         Returns:
@@ -519,7 +519,7 @@ class AppliedPlan:
         """
         if self._seal is None:
             raise ApplyError("nothing to compare with: no seal was taken", notes=["call seal() before training"])
-        return guards.compare(self.model, self.resolution, self._seal, self._watched())
+        return compare(self.model, self.resolution, self._seal, self._watched())
 
     def save_delta(self, path: str | Path) -> None:
         """Write what the training changed into a file that goes onto the base it was made on, and onto no other.
@@ -545,9 +545,7 @@ class AppliedPlan:
             ['probe.safetensors']
         """
         self._check_live()
-        found = (
-            guards.compare(self.model, self.resolution, self._seal, self._watched()) if self._seal is not None else None
-        )
+        found = compare(self.model, self.resolution, self._seal, self._watched()) if self._seal is not None else None
         if found is not None and not found:
             raise ApplyError(
                 f"{len(found.moved)} frozen tensors and buffers moved since the seal, so no base would fit this delta",

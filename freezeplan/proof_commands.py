@@ -13,7 +13,7 @@ from freezeplan.errors import FreezePlanError, OutputError, PlanError, WeightsEr
 from freezeplan.options import AsJson, ModelArg, ModelOption, NumClasses, PlanOption, print_json
 
 if TYPE_CHECKING:
-    from freezeplan.guard import Verification
+    from freezeplan.seal import Verification
 
 DeltaFile = Annotated[Path, typer.Argument(metavar="DELTA", help="A file that applied.save_delta(path) wrote.")]
 
@@ -50,8 +50,8 @@ def _compared(
     before: Path, after: Path, plan: str, model: str, num_classes: int | None, model_arg: list[Any] | None
 ) -> Verification:
     from freezeplan.facade import resolve_plan
-    from freezeplan.guard import compare_states
     from freezeplan.load import load_plan
+    from freezeplan.seal import compare_states
     from freezeplan.statefile import read_state
     from freezeplan.zoo import create_model
 

@@ -13,14 +13,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from freezeplan.errors import DataError, ModelError, OutputError
+from freezeplan.experiment.pretrain import RECIPE, fold_batch_norm, pretrain
 from freezeplan.experiment.sample import (
-    RECIPE,
     TARGETS,
     TRAIN,
     VAL,
     draw_many,
-    fold_batch_norm,
-    pretrain,
     source_shapes,
     weights_path,
     write_sample,
