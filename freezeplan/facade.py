@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import math
 import warnings
 import weakref
@@ -148,7 +149,7 @@ def apply_plan(
     apply.enter(live, resolution)
     inner.__dict__[_ATTRIBUTE] = handle
     _LIVE.add(handle)
-    handle._guard_steps()
+    handle._guard_steps(itertools.chain(*live.parameters.values()))
     for use in resolution.weak:
         warnings.warn(": ".join(filter(None, (use.where, use.warning))), FreezePlanWarning, stacklevel=2)
     return handle
@@ -399,7 +400,7 @@ class AppliedPlan:
     def _watch(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         self._optimizers, self._told = [weakref.ref(optimizer) for optimizer in optimizers], True
 
-    def _guard_steps(self) -> None:
+    def _guard_steps(self, now: Iterable[nn.Parameter] | None = None) -> None:
         """Watch the steps of every optimizer; what is called back keeps this plan and its model alive no longer."""
         if self._guarded and self._steps is None:
             here = weakref.ref(self)
@@ -407,6 +408,7 @@ class AppliedPlan:
                 lambda: live.model.parameters() if (live := here()) is not None else (),
                 lambda optimizer, when: live._look(optimizer, when) if (live := here()) is not None else None,
                 lambda optimizer: live._factors(optimizer) if (live := here()) is not None else [],
+                now,
             )
 
     def _look(self, optimizer: torch.optim.Optimizer, when: str) -> None:
@@ -717,6 +719,8 @@ class AppliedPlan:
 
 def _check_alone(model: nn.Module, live: names.Live) -> None:
     """Refuse a plan beside one that is live on other modules than these, some of which are the same."""
+    if not _LIVE:
+        return
     mine = {id(module): name for name, module in reversed(live.walked)}
     if _overlap(model, mine):
         gc.collect()  # a plan on a model that nobody holds any more could not be undone by anybody

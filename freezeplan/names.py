@@ -129,10 +129,11 @@ def survey(model: nn.Module) -> Live:
         (['bias', 'weight'], [''], 2)
     """
     walked = walk(model)
-    if _SPECIAL.isdisjoint(key for _, module in walked if module._modules for key in module._modules):
+    special = any(module._modules and not _SPECIAL.isdisjoint(module._modules) for _, module in walked)
+    own = called_module(walked) if special else frozenset()
+    if not special or own.issuperset(name for name, _ in walked if name.rpartition(".")[2] in _SPECIAL):
         plain = ((name, [parameter]) for name, parameter in _owned(walked))
         return Live(walked, dict(plain), {name: [module] for name, module in walked}, dict(walked))
-    own = called_module(walked)
     inner: dict[str, nn.Module] = {}
     for name, module in walked:
         if "parametrizations" not in name.split("."):

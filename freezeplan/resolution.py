@@ -193,8 +193,8 @@ class Resolution:
         """
         merged: dict[tuple[tuple[float | None, ...], float], list[Row]] = {}
         for rows in zip(*(part.rows for part in self.parts), strict=True):
-            rates = tuple(row.lr_mult for row in rows)
-            if any(rate is not None for rate in rates):
+            rates = tuple([row.lr_mult for row in rows])
+            if rates.count(None) < len(rates):
                 merged.setdefault((rates, rows[0].wd_mult), []).append(rows[0])
         return tuple(
             Group(_group_name(rates, wd), rates, wd, tuple(row.name for row in rows), sum(row.elements for row in rows))

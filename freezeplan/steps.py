@@ -43,6 +43,7 @@ class Steps:
         parameters: Those of the model now, frozen ones included; read again for each optimizer that is new.
         look: The close check, at the first step of each optimizer and where something changed.
         factors: An optimizer -> for each group the multiplier that its rate should have, None where there is none.
+        now: Those of the model now, if they were looked up already.
 
     Examples:
         >>> weight = nn.Parameter(torch.ones(1))
@@ -62,9 +63,11 @@ class Steps:
         parameters: Callable[[], Iterable[nn.Parameter]],
         look: Look,
         factors: Callable[[Optimizer], list[float | None]],
+        now: Iterable[nn.Parameter] | None = None,
     ):
         self._parameters, self._look, self._factors = parameters, look, factors
-        self._known = {id(parameter): weakref.ref(parameter) for parameter in parameters()}
+        found = parameters() if now is None else now
+        self._known = {id(parameter): weakref.ref(parameter) for parameter in found}
         self._seen: weakref.WeakKeyDictionary[Optimizer, _Seen] = weakref.WeakKeyDictionary()
         _watch(self)
 
