@@ -244,8 +244,8 @@ def _modules(inner: Mapping[str, nn.Module]) -> Iterator[Module]:
     for name in first_name.values():
         module = inner[name]
         cls: Any = type(module)
-        random = _random(module) if _may_draw(cls) else ""
-        yield Module(name, _types(cls), aliases.get(name, ()), random, "attention_bias_cache" in module.__dict__)
+        caches = "attention_bias_cache" in module.__dict__
+        yield Module(name, _types(cls), aliases.get(name, ()), _random(module, cls), caches)
 
 
 def _first_names(named: Iterable[tuple[str, object]]) -> tuple[dict[int, str], dict[str, tuple[str, ...]]]:
@@ -265,30 +265,23 @@ def _types(cls: Any) -> tuple[str, ...]:
     return tuple(base.__name__ for base in cls.__mro__ if base not in (nn.Module, object))
 
 
-@functools.cache
-def _may_draw(cls: Any) -> bool:
-    """Whether to look at what a class's instances hold: not at torch's own layers that are told nothing of dropout."""
-    if not cls.__module__.startswith("torch.nn.") or "Drop" in cls.__name__:
-        return True
-    told = (getattr(base.__init__, "__code__", None) for base in cls.__mro__)
-    return any("drop" in name for code in told if code for name in code.co_varnames)
-
-
-def _random(module: nn.Module) -> str:
+def _random(module: nn.Module, cls: Any) -> str:
     """What a module draws at random in train mode: dropout modules, and classes that call dropout on their own."""
-    is_dropout = "Drop" in type(module).__name__
-    if not is_dropout and "drop" not in " ".join(vars(module)):
+    called = module.__dict__ if "Drop" in cls.__name__ else _drops(cls)
+    if not called:
         return ""
-    rates = {
-        key: value
-        for key, value in vars(module).items()
-        if isinstance(value, float) and value > 0 and (is_dropout or "drop" in key)
-    }
-    cls: Any = type(module)
+    rates = {key: value for key in called if isinstance(value := module.__dict__.get(key), float) and value > 0}
     if not rates or not _draws(cls):
         return ""
     key, rate = max(rates.items(), key=lambda item: item[1])
     return f"{cls.__name__} {key}={rate:g}"
+
+
+@functools.cache
+def _drops(cls: Any) -> tuple[str, ...]:
+    """The attributes that a class's own code names and calls something like dropout."""
+    codes = (getattr(inspect.unwrap(found), "__code__", None) for base in cls.__mro__ for found in vars(base).values())
+    return tuple(dict.fromkeys(name for code in codes if code for name in code.co_names if "drop" in name))
 
 
 @functools.cache
