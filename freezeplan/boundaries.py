@@ -64,19 +64,19 @@ def find_cuts(model: nn.Module, resolution: Resolution, index: int, sample: torc
     rest = replay.Rest(model, now)
     replay.prove(model, rest, now, sample)
     kept, live = [Cut(here, now)], names.survey(model)
-    still = frozen = {row.name for row in here.frozen}
+    still = frozen = _frozen(here)
     before: Cut | None = None
     try:
         for part in resolution.parts[index + 1 :]:
-            still = still & {row.name for row in part.frozen}
-            if {row.name for row in part.frozen} != still:
+            if not _frozen(part) <= still:
                 break  # what is trained until then and frozen again is not known yet
+            still = _frozen(part)
             apply.enter(live, part)
             ahead = prefix_of(model, sample)
             if ahead.stored and not ahead.advice:
                 kept.append(Cut(part, ahead))
         for part in reversed(resolution.parts[:index]):
-            if {row.name for row in part.frozen} < frozen:
+            if _frozen(part) < frozen:
                 apply.enter(live, part)
                 before = Cut(part, prefix_of(model, sample))
                 break
@@ -86,6 +86,10 @@ def find_cuts(model: nn.Module, resolution: Resolution, index: int, sample: torc
     if before is not None and not replay.leads(model, before.prefix, [cut.prefix for cut in kept], sample):
         before = None
     return Cuts(tuple(kept), before, rest)
+
+
+def _frozen(part: Resolution) -> set[str]:
+    return {row.name for row in part.frozen}
 
 
 def places(

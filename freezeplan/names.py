@@ -129,9 +129,9 @@ def survey(model: nn.Module) -> Live:
         (['bias', 'weight'], [''], 2)
     """
     walked = walk(model)
-    special = any(module._modules and not _SPECIAL.isdisjoint(module._modules) for _, module in walked)
+    special = [name for name, _ in walked if name.rpartition(".")[2] in _SPECIAL]
     own = called_module(walked) if special else frozenset()
-    if not special or own.issuperset(name for name, _ in walked if name.rpartition(".")[2] in _SPECIAL):
+    if own.issuperset(special):
         plain = ((name, [parameter]) for name, parameter in _owned(walked))
         return Live(walked, dict(plain), {name: [module] for name, module in walked}, dict(walked))
     inner: dict[str, nn.Module] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from freezeplan.description import Description
@@ -105,8 +105,14 @@ def _select(plan: Plan, index: int, model: Description) -> Selection:
 def _decide(plan: Plan, model: Description) -> _Decided:
     """Decide one part of a plan, without phases."""
     selections = [_select(plan, index, model) for index in range(len(plan.rules))]
-    winners = {setting: _winners(plan, selections, setting) for setting in ("rate", "wd_mult", "mode", "reinit")}
-    module_rules = _module_rules(plan, selections)
+    winners = {
+        setting: _first(
+            selection.tensors if setting in rule.settings else ()
+            for rule, selection in zip(plan.rules, selections, strict=True)
+        )
+        for setting in ("rate", "wd_mult", "mode", "reinit")
+    }
+    module_rules = _first(selection.modules for selection in selections)
     uses = tuple(_uses(plan, model, selections, winners, module_rules))
     said = {index: _rate(plan, index) for index in (None, *range(len(plan.rules)))}
     rates = {tensor.name: said[winners["rate"].get(tensor.name)] for tensor in model.tensors}
@@ -172,21 +178,11 @@ def _view(
     )
 
 
-def _winners(plan: Plan, selections: Sequence[Selection], setting: str) -> dict[str, int]:
-    """Tensor -> index of the first rule that matches it and gives the setting."""
+def _first(claimed: Iterable[Sequence[str]]) -> dict[str, int]:
+    """Name -> index of the first rule that claims it, of what each rule claims in the plan's order."""
     winners: dict[str, int] = {}
-    for index, rule in reversed(list(enumerate(plan.rules))):  # so the first is written last
-        if setting in rule.settings:
-            winners |= dict.fromkeys(selections[index].tensors, index)
-    return winners
-
-
-def _module_rules(plan: Plan, selections: Sequence[Selection]) -> dict[str, int]:
-    """Module without parameters -> index of the first rule with ``mode`` alone that selects it."""
-    winners: dict[str, int] = {}
-    for index, rule in reversed(list(enumerate(plan.rules))):
-        if rule.settings == ("mode",):
-            winners |= dict.fromkeys(selections[index].modules, index)
+    for index, names in reversed(list(enumerate(claimed))):  # so the first is written last
+        winners |= dict.fromkeys(names, index)
     return winners
 
 

@@ -52,6 +52,16 @@ def a_thread_a_worker():
         torch.set_num_threads(1)
 
 
+@pytest.fixture
+def toy():
+    """A body with batch norm and dropout, and a head; the same numbers in each test."""
+    import torch
+    from toy import Toy
+
+    torch.manual_seed(0)
+    return Toy()
+
+
 @pytest.fixture(scope="session")
 def plain():
     """The loop that every trainer is compared with: images, labels, and a training on them in their order."""

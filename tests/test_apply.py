@@ -13,6 +13,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils.parametrizations import weight_norm
+from toy import Toy
 
 import freezeplan
 from freezeplan import apply, apply_plan, load_plan
@@ -29,24 +30,6 @@ def plan_of(*rules, **keys):
 
 HEAD_ALONE = plan_of({"match": "head", "lr_mult": 1}, REST_FROZEN)
 SLOW_BODY = plan_of({"match": "body", "lr_mult": 0.2}, CATCH_ALL)
-
-
-class Toy(nn.Module):
-    """A body with batch norm and dropout, and a head."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x):
-        return self.head(self.body(x))
-
-
-@pytest.fixture
-def toy():
-    torch.manual_seed(0)
-    return Toy()
 
 
 @pytest.fixture

@@ -16,22 +16,6 @@ from freezeplan.errors import ApplyError
 PLAN = {"version": 1, "rules": [{"match": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}]}
 
 
-class Toy(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x):
-        return self.head(self.body(x))
-
-
-@pytest.fixture
-def toy():
-    torch.manual_seed(0)
-    return Toy()
-
-
 @pytest.fixture
 def live(toy):
     return apply_plan(toy, PLAN, guard=False)  # the guard would refuse these steps; here they are taken
