@@ -222,10 +222,10 @@ def forecast_(
     """Say what training under a plan will cost: memory, arithmetic, a cache of features. Needs no data."""
     load_plan(plan)  # before the imports: a mistake in the file need not wait for torch
     from freezeplan.forecast import forecast
-    from freezeplan.zoo import create_model
+    from freezeplan.model_source import load_model
 
     found = forecast(
-        lambda: create_model(model, num_classes=num_classes, meta=True, **dict(model_arg or ())),
+        lambda: load_model(model, dict(model_arg or ()), num_classes=num_classes, meta=True),
         plan, image_size=image_size, batch_size=batch_size,
     ).as_json()  # fmt: skip
     if as_json:
@@ -294,9 +294,10 @@ def _resolved(
     plan: str, model: str, num_classes: int | None, model_arg: list[Any] | None
 ) -> tuple[Resolution, Description]:
     loaded = load_plan(plan)  # before the imports: a mistake in the file need not wait for torch
-    from freezeplan.zoo import create_model, describe
+    from freezeplan.model_source import load_model
+    from freezeplan.zoo import describe
 
-    described = describe(create_model(model, num_classes=num_classes, meta=True, **dict(model_arg or ())))
+    described = describe(load_model(model, dict(model_arg or ()), num_classes=num_classes, meta=True))
     return resolve(loaded, described), described
 
 

@@ -99,7 +99,8 @@ def _model_names() -> list[str]:
 
 
 def _parameter_names(model: str, num_classes: int | None, model_arg: list[Any] | None, **_: object) -> Iterable[str]:
-    from freezeplan.zoo import create_model, describe
+    from freezeplan.model_source import load_model
+    from freezeplan.zoo import describe
 
-    described = describe(create_model(model, num_classes=num_classes, meta=True, **dict(model_arg or ())))
+    described = describe(load_model(model, dict(model_arg or ()), num_classes=num_classes, meta=True))
     return [tensor.name for tensor in described.tensors]

@@ -51,12 +51,12 @@ def _compared(
 ) -> Verification:
     from freezeplan.facade import resolve_plan
     from freezeplan.load import load_plan
+    from freezeplan.model_source import load_model
     from freezeplan.seal import compare_states
     from freezeplan.statefile import read_state
-    from freezeplan.zoo import create_model
 
     loaded = load_plan(plan)
-    described = create_model(model, num_classes=num_classes, meta=True, **dict(model_arg or ()))
+    described = load_model(model, dict(model_arg or ()), num_classes=num_classes, meta=True)
     resolution = resolve_plan(loaded, described)
     found = compare_states(
         described, resolution, read_state(before), read_state(after), origins=(str(before), str(after))

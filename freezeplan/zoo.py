@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import importlib
 import importlib.metadata
 import inspect
 import re
@@ -25,7 +24,6 @@ from freezeplan.errors import ModelError, did_you_mean
 from freezeplan.plan import ROLES
 
 _BIAS = re.compile(r"(?:\w+_)?bias(?:_[ih]h_l\d+(?:_reverse)?)?")
-_IMPORTABLE = re.compile(r"[\w.]+:\w+")
 _DRAWS = re.compile(r"\bdrop\w*\(|dropout_p\b|self\.dropout,")
 _POSITION = re.compile(
     r"(?<![^.])(?:"  # a whole part of the name
@@ -37,14 +35,14 @@ _POSITION = re.compile(
 _NORM = re.compile(r"Norm|InplaceAbn")
 
 
-def create_model(name: str, *, num_classes: int | None = None, meta: bool = False, **arguments: Any) -> nn.Module:
-    """Create a timm model by name, or call ``package.module:function``; nothing is downloaded unless asked for.
+def create_model(name: str, /, *, num_classes: int | None = None, meta: bool = False, **arguments: Any) -> nn.Module:
+    """Create a timm model by name; nothing is downloaded unless asked for.
 
     Args:
-        name: A timm model name, or ``package.module:function`` of a function that returns an ``nn.Module``.
+        name: A timm model name.
         num_classes: Number of classes; None leaves the model's own.
         meta: Create it on the meta device: names and shapes without memory or time.
-        arguments: Passed on to timm or to the function.
+        arguments: Passed on to timm.
 
     Raises:
         ModelError: If there is no such model (with the nearest names), or it cannot be built from these arguments.
@@ -53,23 +51,24 @@ def create_model(name: str, *, num_classes: int | None = None, meta: bool = Fals
         >>> create_model("vgg16", num_classes=20, meta=True).head.fc.weight.shape
         torch.Size([20, 4096])
     """
-    if num_classes is not None:
-        arguments["num_classes"] = num_classes
-    build = _imported(name) if _IMPORTABLE.fullmatch(name) else functools.partial(_timm_model, name)
-    try:
-        with torch.device("meta" if meta else "cpu"):
-            model = build(**arguments)
-    except ModelError:
-        raise
-    except (TypeError, ValueError, AssertionError, RuntimeError, NotImplementedError) as error:
-        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        raise ModelError(f"{name} cannot be built with {given or 'no arguments'}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"{name} returned a {type(model).__name__}, expected a torch.nn.Module")
-    return model
+    return timm_model(name, arguments if num_classes is None else {**arguments, "num_classes": num_classes}, meta=meta)
 
 
-def _timm_model(name: str, **arguments: Any) -> nn.Module:
+def timm_model(name: str, arguments: Mapping[str, Any], *, meta: bool = False) -> nn.Module:
+    """Create a timm model from a mapping of arguments, whatever their names are.
+
+    Args:
+        name: A timm model name.
+        arguments: Passed on to timm.
+        meta: Create it on the meta device.
+
+    Raises:
+        ModelError: If there is no such model (with the nearest names), or it cannot be built from these arguments.
+
+    Examples:
+        >>> type(timm_model("test_vit", {"num_classes": 3}, meta=True)).__name__
+        'VisionTransformer'
+    """
     import timm
 
     if ":" not in name and not timm.is_model(name.partition(".")[0]):
@@ -78,16 +77,13 @@ def _timm_model(name: str, **arguments: Any) -> nn.Module:
             f"timm has no model called {name!r}",
             notes=[*did_you_mean(name, known), f"timm knows {len(known)} models; or give package.module:function"],
         )
-    model: nn.Module = timm.create_model(name, **arguments)
-    return model
-
-
-def _imported(name: str) -> Any:
-    module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ModelError(f"cannot import {name!r}: {error}", notes=["expected package.module:function"]) from None
+        with torch.device("meta" if meta else "cpu"):
+            model: nn.Module = timm.create_model(name, **arguments)
+    except (TypeError, ValueError, AssertionError, RuntimeError, NotImplementedError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        raise ModelError(f"{name} cannot be built with {given or 'no arguments'}: {error}") from error
+    return model
 
 
 def model_names() -> list[str]:

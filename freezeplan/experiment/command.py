@@ -35,7 +35,7 @@ from freezeplan.experiment.statistics import merge
 from freezeplan.experiment.train import CONSTANTS, Amp, OptimizerName, Settings
 from freezeplan.experiment.voc import LabelRule, Resize, read_voc
 from freezeplan.experiment.weights import LECTURE, SAMPLE_MODEL, default_image_size, weights_title
-from freezeplan.zoo import create_model
+from freezeplan.model_source import load_model
 
 MODEL = "vgg16"
 RUNS = Path("runs")
@@ -314,7 +314,7 @@ def fixed(model: str, weights: str | None, settings: Settings) -> dict[str, str]
         >>> found["loss"], found["normalisation"]
         ('softmax cross-entropy', 'RGB, less 0.485, 0.456, 0.406, by 0.229, 0.224, 0.225')
     """
-    config: Any = create_model(LECTURE.get(model, model), meta=True).pretrained_cfg
+    config: Any = load_model(LECTURE.get(model, model), meta=True).pretrained_cfg
     if weights is not None and Path(weights).suffix == ".npy":
         config = {"mean": MEAN, "std": STD}
     pixels = str(normalisation(config, settings.normalise))

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from freezeplan.errors import ModelError, WeightsError
 from freezeplan.experiment.model import Flatten  # the module registers the lecture's VGG16
 from freezeplan.experiment.npy import MEAN, STD, read_npy
+from freezeplan.model_source import load_model
 from freezeplan.statefile import read_state
-from freezeplan.zoo import create_model, describe, is_timm, title
+from freezeplan.zoo import describe, is_timm, title
 
 LECTURE = {"vgg16": "vgg16_fc256", "vgg16_fc256": "vgg16_fc256", "vgg16_slim_fc256": "vgg16_slim_fc256"}
 """Models with the lecture's head: name -> the architecture that is built. They take ``features.*`` from weights."""
@@ -81,7 +82,7 @@ def build(
     order: dict[str, Any] = {"flatten": flatten} if name in LECTURE else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = create_model(architecture, num_classes=classes, **size, **order)
+        model = load_model(architecture, {**size, **order}, num_classes=classes)
         # What timm gives whoever fine-tunes. The constructor's values can be of another kind: EfficientNet's start a
         # classifier of five classes at a loss of 13, from which five epochs do not recover.
         model.reset_classifier(classes)  # type: ignore[operator]
@@ -183,7 +184,7 @@ def _shape(tensor: Tensor | None) -> str:
 
 
 def _blueprint(name: str, **arguments: Any) -> nn.Module:
-    model = create_model(LECTURE.get(name, name), meta=True, **arguments)
+    model = load_model(LECTURE.get(name, name), arguments, meta=True)
     if not is_timm(model):
         notes = ["it takes the size of the images, their normalisation and the classifier from timm's configuration"]
         raise ModelError(f"{name} is not a timm model, which the experiment needs", notes=notes)
