@@ -181,24 +181,64 @@ def import_(
     ],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What that tool reads: see docs/importing.md.")],
     lr: Annotated[
-        float | None, typer.Option(help="The optimizer's rate; finetuning-scheduler's later depths need it.")
+        float | None, typer.Option(help="finetuning-scheduler: the optimizer's learning rate, for later depths.")
     ] = None,
+    monitor: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METRIC",
+            help="finetuning-scheduler: what its early stopping looks at.",
+            show_default=finetuning_scheduler.MONITOR,
+        ),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="finetuning-scheduler: epochs that its early stopping waits.",
+            show_default=str(finetuning_scheduler.PATIENCE),
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="mmengine: write rules with the exact factors for this model.",
+            autocompletion=completion.models,
+        ),
+    ] = None,
+    num_classes: NumClasses = None,
+    model_arg: ModelArg = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where the plan goes.", show_default="stdout")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Turn another tool's settings into a plan that does the same, or say what a plan cannot say."""
-    if lr is not None and (format != "finetuning-scheduler" or not lr > 0):
-        raise typer.BadParameter("a number above 0, for finetuning-scheduler alone", param_hint="--lr")
+    """Turn another tool's settings into a plan that does the same, or say what a plan cannot say.
+
+    Differences are comments of the plan. Where the plan is JSON or a file they are printed to stderr too.
+    """
+    if lr is not None and not lr > 0:
+        raise typer.BadParameter("a number above 0", param_hint="--lr")
+    stopping = {"lr": lr, "monitor": monitor, "patience": patience}
+    target = {"model": model, "num_classes": num_classes, "model_arg": model_arg}
+    _only_with("finetuning-scheduler", format, stopping)
+    _only_with("mmengine", format, target)
     if format == "timm":
-        plan = timm_args.read(file)
+        imported = timm_args.read(file)
     elif format == "mmengine":
-        plan = mmengine.read(file)
+        if model is None:
+            _only_with("--model", "", target)
+        imported = mmengine.read(file, None if model is None else _described(model, num_classes, model_arg))
     else:
-        plan = finetuning_scheduler.read(file, lr=lr)
-    data = plan.model_dump(mode="json", exclude_defaults=True)
-    text = f"{json.dumps(data, indent=2, ensure_ascii=False)}\n" if as_json else dump(plan)
+        given: dict[str, Any] = {key: value for key, value in stopping.items() if value is not None}
+        imported = finetuning_scheduler.read(file, **given)
+    data = imported.plan.model_dump(mode="json", exclude_defaults=True)
+    as_yaml = dump(imported.plan, comments=imported.notes)
+    text = f"{json.dumps(data, indent=2, ensure_ascii=False)}\n" if as_json else as_yaml
+    if as_json or out is not None:
+        for note in imported.notes:
+            render.print_warning(note)
     if out is None:
         typer.echo(text, nl=False)
         return
@@ -207,6 +247,13 @@ def import_(
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write {str(out)!r}: {error.strerror}") from None
+
+
+def _only_with(owner: str, given: str, options: dict[str, Any]) -> None:
+    """Refuse options that belong to another format, or to an option that is not given."""
+    for name, value in options.items():
+        if value is not None and given != owner:
+            raise typer.BadParameter(f"only with {owner}", param_hint=f"--{name.replace('_', '-')}")
 
 
 @app.command("forecast")
@@ -294,11 +341,15 @@ def _resolved(
     plan: str, model: str, num_classes: int | None, model_arg: list[Any] | None
 ) -> tuple[Resolution, Description]:
     loaded = load_plan(plan)  # before the imports: a mistake in the file need not wait for torch
+    described = _described(model, num_classes, model_arg)
+    return resolve(loaded, described), described
+
+
+def _described(model: str, num_classes: int | None, model_arg: list[Any] | None) -> Description:
     from freezeplan.model_source import load_model
     from freezeplan.zoo import describe
 
-    described = describe(load_model(model, dict(model_arg or ()), num_classes=num_classes, meta=True))
-    return resolve(loaded, described), described
+    return describe(load_model(model, dict(model_arg or ()), num_classes=num_classes, meta=True))
 
 
 if __name__ == "__main__":

@@ -74,6 +74,29 @@ def infer_plan(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
     return plan
 
 
+def shortest_rules(
+    model: Description, wanted: Mapping[str, Any], *, usual: object = ...
+) -> list[tuple[dict[str, Any], Any]]:
+    """Return the shortest list found, first match first, that gives each tensor the value that is wanted for it.
+
+    Args:
+        model: The model.
+        wanted: Tensor -> value; tensors that are missing may get any.
+        usual: The value that a tensor has without a rule; by default there is none, and the last rule takes all.
+
+    Returns:
+        The keys of a rule that select, and the value that such a rule sets.
+
+    Examples:
+        >>> model = zoo.describe(zoo.create_model("test_resnet", meta=True))
+        >>> shortest_rules(model, {t.name: t.name.startswith("fc.") for t in model.tensors})
+        [({'role': ['head']}, True), ({'match': ['.*']}, False)]
+    """
+    if not wanted or all(value == usual for value in wanted.values()):
+        return []
+    return [(pick.selector, value) for pick, value in _Space(model).cover(wanted, usual=usual)]
+
+
 @dataclass(frozen=True)
 class _Found:
     """What the model and its optimizer do to each tensor."""
@@ -277,7 +300,8 @@ def _selectors(model: Description) -> Iterator[tuple[str, str, Sequence[str] | f
         spans += [f"{start}..{end}" for start in range(first + 1, last) for end in range(start + 1, last)]
         for span in spans:
             yield "stage", span, select(Rule(stage=span, frozen=True), model).tensors
-    for name in dict.fromkeys(module.types[0] for module in model.modules if module.name and model.own[module.name]):
+    owners = (module for module in model.modules if module.name and module.types and model.own[module.name])
+    for name in dict.fromkeys(module.types[0] for module in owners):  # a bare nn.Module has no class of its own
         yield "type", name, select(Rule(type=name, frozen=True), model).tensors
     for module in model.modules:
         if module.name:

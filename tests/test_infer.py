@@ -187,3 +187,15 @@ def test_what_has_no_plan_is_refused() -> None:
 
     assert str(stranger.value) == "the optimizer holds no parameter of this model"
     assert str(idle.value) == "nothing of this model is trained, so there is no plan for it"
+
+
+def test_a_bare_module_that_owns_a_parameter():
+    """``nn.Module()`` itself has no class that a rule could select by."""
+    net = nn.Module()
+    net.inner = nn.Module()
+    net.inner.scale = nn.Parameter(torch.ones(1), requires_grad=False)
+    net.fc = nn.Linear(2, 2)
+
+    rows = resolve_plan(infer_plan(net), net).rows
+
+    assert {row.name: row.frozen for row in rows} == {"inner.scale": True, "fc.weight": False, "fc.bias": False}

@@ -1,1 +1,1 @@
-"""Plans from the files of other tools: one module for each, ``read`` in each."""
+"""Plans from the files of other tools: one module for each tool, with a ``read`` that returns an ``Imported``."""

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from freezeplan.errors import PlanError, did_you_mean
+from freezeplan.importers.imported import Imported
 from freezeplan.load import read_data
 from freezeplan.patterns import objection
-from freezeplan.plan import Phase, Plan, Rate, Rule
+from freezeplan.plan import Phase, Plan, Plateau, Rate, Rule
 from freezeplan.source import Source
 
 BASE_MAX_LR = 1e-5
 """The rate of a later depth that names none: the package's own default (its ``base_max_lr``)."""
 
+MONITOR, PATIENCE = "val_loss", 3
+"""What ends a depth without ``max_transition_epoch``: the package's documented metric, and Lightning's own patience."""
+
 _KEYS = ("params", "max_transition_epoch", "lr")
 _LITERAL = re.compile(r"[\w.]+")
 
 
-def read(path: Path, *, lr: float | None = None) -> Plan:
+def read(path: Path, *, lr: float | None = None, monitor: str = MONITOR, patience: int = PATIENCE) -> Imported:
     """Return the plan that thaws what a schedule thaws, when it does, at the rates that it names.
 
     A name that ends in ``.weight`` or ``.bias`` is that parameter; anything else is a regular expression that, as in
@@ -29,11 +34,13 @@ def read(path: Path, *, lr: float | None = None) -> Plan:
     Args:
         path: The schedule, YAML or JSON: ``{0: {params: [...], max_transition_epoch: 3}, 1: {params: [...]}}``.
         lr: The optimizer's learning rate, which depth 0 is trained at; later depths have rates of their own.
+        monitor: The metric of the package's ``FTSEarlyStopping``, which ends depths without ``max_transition_epoch``.
+            A smaller value is better.
+        patience: Its patience: epochs without a new best value.
 
     Raises:
-        PlanError: If depths are not 0, 1, 2, ...; a depth but the last has no ``max_transition_epoch`` of 1 or more (it
-            then ends by early stopping, which is set elsewhere); a key is one that a plan cannot say; or later depths
-            need ``lr`` and it was not given.
+        PlanError: If depths are not 0, 1, 2, ...; a ``max_transition_epoch`` is no integer, or not above that of the
+            depth before; a key is one that a plan cannot say; or later depths need ``lr`` and it was not given.
     """
     data, source = read_data(path)
     if not isinstance(data, dict) or sorted(map(str, data)) != [str(index) for index in range(len(data))] or not data:
@@ -48,14 +55,31 @@ def read(path: Path, *, lr: float | None = None) -> Plan:
     patterns = [_patterns(key, depth, source) for key, depth in depths]
     rates = [1.0, *(_rate(key, depth, source) / (lr or 1.0) for key, depth in depths[1:])]
     rules = [Rule(match=found, lr_mult=float(f"{rate:.12g}")) for found, rate in zip(patterns, rates, strict=True)]
-    phases = []
+    phases: list[Phase] = []
+    stopped: list[str] = []
     for number, (key, depth) in enumerate(depths[:-1]):
         later = [pattern for found in patterns[number + 1 :] for pattern in found]
-        until = _until(key, depth, source)
+        until: int | Plateau | None = _until(key, depth, phases, source)
+        if until is None:
+            until = Plateau(metric=monitor, patience=patience)
+            stopped.append(str(key))
         phases.append(Phase(name=f"depth {key}", until=until, rules=[Rule(match=later, frozen=True)]))
     if phases:
         phases.append(Phase(name=f"depth {depths[-1][0]}"))
-    return Plan(version=1, name=path.stem, weight_decay="all", default=Rate(frozen=True), phases=phases, rules=rules)
+    plan = Plan(version=1, name=path.stem, weight_decay="all", default=Rate(frozen=True), phases=phases, rules=rules)
+    return Imported(plan, _notes(stopped, monitor, patience))
+
+
+def _notes(stopped: list[str], monitor: str, patience: int) -> tuple[str, ...]:
+    if not stopped:
+        return ()
+    number = "1 depth has" if len(stopped) == 1 else f"{len(stopped)} depths have"
+    return (
+        f"{number} no max_transition_epoch: the package ends them by FTSEarlyStopping, here after {patience} epochs "
+        f"without a new best {monitor}; set others by --monitor and --patience",
+        "at the end of a depth the package goes back to its best checkpoint and keeps its best value; a plan goes on "
+        "with the weights as they are, and each phase has a best value of its own",
+    )
 
 
 def _patterns(key: Any, depth: Any, source: Source) -> list[str]:
@@ -94,13 +118,19 @@ def _rate(key: Any, depth: dict[str, Any], source: Source) -> float:
     return rate
 
 
-def _until(key: Any, depth: dict[str, Any], source: Source) -> int:
+def _until(key: Any, depth: dict[str, Any], before: Sequence[Phase], source: Source) -> int | None:
+    """The epoch before which a depth ends; None where early stopping ends it."""
     value = depth.get("max_transition_epoch", -1)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    where = source.where((key, "max_transition_epoch"))
+    if not isinstance(value, int) or isinstance(value, bool) or value == 0:
+        found = f"found {value!r}"
+        raise PlanError(f"max_transition_epoch of depth {key} is 1 or more, or -1 for none; {found}", where=where)
+    if value < 0:
+        return None
+    earlier = [phase.until for phase in before if isinstance(phase.until, int)]
+    if earlier and value <= earlier[-1]:
         raise PlanError(
-            f"depth {key} has no max_transition_epoch of 1 or more, so it ends by early stopping, which is set "
-            "elsewhere",
-            where=source.where((key, "max_transition_epoch")),
-            notes=["give it one, or write the phase's until: {metric: val_loss, patience: 2} in the plan"],
+            f"max_transition_epoch of depth {key} is above that of the depths before, {earlier[-1]}; found {value}",
+            where=where,
         )
     return value

@@ -1,146 +1,240 @@
-"""mmengine's ``paramwise_cfg`` -> a plan. A Python config is read as text and never executed."""
+"""An OpenMMLab config -> a plan: what it freezes, and the factors of its ``paramwise_cfg``. Nothing is executed."""
 
 from __future__ import annotations
 
-import ast
-import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from freezeplan.errors import PlanError
-from freezeplan.load import read_data, read_text
+from freezeplan.description import Description
+from freezeplan.errors import PlanError, did_you_mean
+from freezeplan.importers import paramwise
+from freezeplan.importers.frozen_keys import frozen_rules
+from freezeplan.importers.imported import Imported
+from freezeplan.importers.layer_decay import MMPRETRAIN, READS, LayerDecay
+from freezeplan.importers.python_config import SECTIONS, Unread, read_python
+from freezeplan.load import read_data
 from freezeplan.plan import Plan, Rule
 from freezeplan.source import Loc, Source
 
-_NORMS = ["_BatchNorm", "_InstanceNorm", "GroupNorm", "LayerNorm"]
-_UNSAYABLE = {
-    "dwconv_decay_mult": "a plan does not select depthwise convolutions; name them: {match: '.*conv_dw', wd_mult: 0}",
-    "flat_decay_mult": "a plan does not select by dimensions; weight_decay: timm exempts biases and 1-d tensors",
-    "dcn_offset_lr_mult": "name the offsets: {match: '.*conv_offset', lr_mult: 0.1}",
-}
-_KNOWN = ("custom_keys", "bias_lr_mult", "bias_decay_mult", "norm_decay_mult", "bypass_duplicate")
-_BIAS = r"(?:.*\.)?bias"
+_DEFAULT = ("", "DefaultOptimWrapperConstructor", "DefaultOptimizerConstructor")
+_EXACT = "freezeplan import mmengine {} --model MODEL writes rules with the exact factors of each tensor of a model"
 
 
-def read(path: Path) -> Plan:
-    """Return the plan that gives each tensor the factors that ``DefaultOptimWrapperConstructor`` gives it.
+def read(path: Path, model: Description | None = None) -> Imported:
+    """Return the plan that freezes what a config freezes and gives each tensor the factors that its constructor gives.
 
     A key of ``custom_keys`` is any part of a name; of several that fit the longest counts, then the first by alphabet.
     What has a key is left alone by ``norm_decay_mult`` and its like. A factor of 0 for the rate becomes
     ``frozen: true``. Weights that are tied are one tensor in a plan, whatever ``bypass_duplicate`` says.
 
+    Constructors with layer-wise decay become timm's ``layer_decay``, and the notes say what is different. With a model
+    the rules give each of its tensors exactly what the constructor gives it.
+
     Args:
-        path: A YAML, JSON or TOML file, or a Python config, with the dict itself or with a ``paramwise_cfg`` in it.
+        path: A YAML, JSON or TOML file, or a Python config: a whole one, or the ``paramwise_cfg`` alone.
+        model: The model that the plan is for.
 
     Raises:
-        PlanError: If there is none, it is not written out as literals, or it has a key that a plan cannot say, with
-            what to write instead.
+        PlanError: If the file says nothing of these things, inherits from others, does not write them out as literals,
+            or has a key that a plan cannot say, with what to write instead.
 
     Note:
-        As ``mmengine.optim.DefaultOptimWrapperConstructor.add_params``, mmengine 0.10.
+        As ``mmengine.optim.DefaultOptimWrapperConstructor.add_params``, mmengine 0.10; the others in ``layer_decay``.
     """
-    config, source, at = _config(path)
-    for key in config:
-        if key in _UNSAYABLE or key not in _KNOWN:
-            hint = _UNSAYABLE.get(key, f"known here: {', '.join(_KNOWN)}")
-            raise PlanError(f"{key} has no counterpart in a plan", where=source.where((*at, key)), notes=[hint])
-    rules = list(_custom(config.get("custom_keys", {}), source, (*at, "custom_keys")))
-    numbers = {key: _number(config[key], source.where((*at, key))) for key in _KNOWN[1:4] if key in config}
-    if "norm_decay_mult" in numbers:
-        rules.append(Rule(type=_NORMS, wd_mult=numbers["norm_decay_mult"], optional=True))
-    if "bias_decay_mult" in numbers:
-        rules.append(Rule(match=_BIAS, wd_mult=numbers["bias_decay_mult"], optional=True))
-    if "bias_lr_mult" in numbers:
-        rules.append(Rule(type=_NORMS, lr_mult=1.0, optional=True))
-        rules.append(Rule(match=_BIAS, **_rate(numbers["bias_lr_mult"]), optional=True))
-    rules.append(Rule(match=".*", lr_mult=1.0))
-    return Plan(version=1, name=path.stem, weight_decay="all", rules=rules)
+    data, source = read_python(path) if path.suffix.lower() == ".py" else read_data(path)
+    if not isinstance(data, dict):
+        raise PlanError("a config is a mapping", where=source.where(()))
+    _check_whole(data, source, path)
+    config, at, constructor = _paramwise(data, source, path)
+    frozen, notes = frozen_rules({} if at == () else data, source)
+    if config is None and not frozen and not notes:
+        raise PlanError("there is no paramwise_cfg in this file, and nothing that freezes", where=source.where(()))
+    config = _literal(config or {}, at, source, path)
+    if constructor in _DEFAULT:
+        for key in config:
+            _check_default(key, source.where((*at, key)))
+        layers = None
+    else:
+        layers = _layers(constructor, config, source, at)
+        for key in config:
+            if key not in (*READS[constructor], "bypass_duplicate"):
+                place = source.where((*at, key))
+                notes.append(f"{place}: {constructor} does not read {key}, so it is left out")
+        config = {key: value for key, value in config.items() if key in READS[constructor]}
+    found = paramwise.read(config, source, at, top_has_dot=constructor in _DEFAULT)
+    if layers is not None:
+        for key, factors in found.custom.items():
+            if "lr_mult" in factors:
+                place = source.where((*at, "custom_keys", key, "lr_mult"))
+                notes.append(f"{place}: {constructor} sets rates by layers alone, so lr_mult of {key!r} is left out")
+    if model is not None:
+        return Imported(_exact(path, model, frozen, found, layers), tuple(notes))
+    found.check_sayable(source, at, path)
+    if layers is None:
+        rules = [*frozen, *found.rules()]
+        return Imported(Plan(version=1, name=path.stem, weight_decay="all", rules=rules), tuple(notes))
+    own = constructor == MMPRETRAIN
+    rules = [*frozen, *(found.rules(rates=False) if own else ()), Rule(match=".*", lr_mult=1.0)]
+    plan = Plan(version=1, name=path.stem, layer_decay=layers.rate, weight_decay="all" if own else "timm", rules=rules)
+    return Imported(plan, (*notes, *_differences(layers, path)))
 
 
-def _custom(keys: Any, source: Source, at: Loc) -> list[Rule]:
-    if not isinstance(keys, dict):
-        raise PlanError("custom_keys is a dict of parts of names", where=source.where(at))
-    rules = []
-    for key in sorted(sorted(keys), key=len, reverse=True):
-        settings, where = keys[key], source.where((*at, key))
-        if not isinstance(settings, dict) or set(settings) - {"lr_mult", "decay_mult"}:
-            raise PlanError(f"{key!r} has lr_mult and decay_mult and nothing else that a plan can say", where=where)
-        if not key or key.startswith("."):
-            raise PlanError(f"{key!r} means another thing at the top of the model than below", where=where)
-        factors = {name: _number(value, where) for name, value in settings.items()}
-        escaped = re.sub(r"(\W)", r"\\\1", key)
-        rules.append(
-            Rule(match=f".*{escaped}.*", wd_mult=factors.get("decay_mult", 1.0), **_rate(factors.get("lr_mult", 1.0)))
-        )
-    return rules
-
-
-def _rate(factor: float) -> dict[str, Any]:
-    return {"lr_mult": factor} if factor else {"frozen": True}
-
-
-def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise PlanError(f"a factor is a number of 0 or more, found {value!r}", where=where)
-    return float(value)
-
-
-def _config(path: Path) -> tuple[dict[str, Any], Source, Loc]:
-    """The dict, its source and where it stands in it."""
-    if path.suffix.lower() == ".py":
-        return _from_python(path)
-    data, source = read_data(path)
-    at: Loc = ()
-    while isinstance(data, dict):
-        inner = next((key for key in ("paramwise_cfg", "optim_wrapper") if key in data), None)
-        if inner is None and (at or any(key in (*_KNOWN, *_UNSAYABLE) for key in data)):
-            return data, source, at
-        if inner is None:
-            break
-        data, at = data[inner], (*at, inner)
-    raise PlanError("there is no paramwise_cfg in this file", where=source.where(at))
-
-
-def _from_python(path: Path) -> tuple[dict[str, Any], Source, Loc]:
-    text = read_text(path)
-    try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError) as error:
-        raise PlanError(f"not Python: {error}", where=str(path)) from None
-    for node in ast.walk(tree):
-        pairs: list[tuple[Any, ast.expr]] = []
-        if isinstance(node, ast.Assign):
-            pairs = [(target.id, node.value) for target in node.targets if isinstance(target, ast.Name)]
-        elif isinstance(node, ast.keyword):
-            pairs = [(node.arg, node.value)]
-        elif isinstance(node, ast.Dict):
-            pairs = [(k.value, v) for k, v in zip(node.keys, node.values, strict=True) if isinstance(k, ast.Constant)]
-        for name, value in pairs:
-            if name == "paramwise_cfg":
-                places: dict[Loc, tuple[int, int]] = {}
-                found = _literal(value, path, (), places)
-                if isinstance(found, dict):
-                    return found, Source(str(path), places), ()
-    raise PlanError("there is no paramwise_cfg = dict(...) in this file", where=str(path))
-
-
-def _literal(node: ast.expr, path: Path, loc: Loc, places: dict[Loc, tuple[int, int]]) -> Any:
-    """The value of a literal or of ``dict(...)`` with literals; nothing is executed."""
-    places[loc] = (node.lineno, node.col_offset + 1)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
-        pairs = {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
-        if len(pairs) == len(node.keywords):
-            return {key: _literal(value, path, (*loc, key), places) for key, value in pairs.items()}
-    if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) for key in node.keys):
-        keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
-        return {
-            key: _literal(value, path, (*loc, str(key)), places) for key, value in zip(keys, node.values, strict=True)
-        }
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError):
+def _check_whole(data: Mapping[str, Any], source: Source, path: Path) -> None:
+    """A config that inherits says only a part of what it does."""
+    if "_base_" in data:
         raise PlanError(
-            f"{ast.unparse(node)} is not a literal; the file is read, not executed",
-            where=f"{path}:{node.lineno}:{node.col_offset + 1}",
-            notes=["write its value out"],
-        ) from None
+            "this config inherits from others, and what they freeze is not in it",
+            where=source.where(("_base_",)),
+            notes=_resolved(path),
+        )
+    for key in SECTIONS[1:]:
+        if isinstance(data.get(key), Unread):
+            raise _not_literal(data[key], source, path)
+
+
+def _resolved(path: Path) -> list[str]:
+    command = f"from mmengine import Config; Config.fromfile('{path}').dump('resolved.py')"
+    return ["write the whole config with mmengine, and import that:", f'python -c "{command}"']
+
+
+def _not_literal(found: Unread, source: Source, path: Path) -> PlanError:
+    line, column = found.position
+    return PlanError(
+        f"{found.text} is not a literal; the file is read, not executed",
+        where=f"{source.file}:{line}:{column}",
+        notes=["write its value out; or", *_resolved(path)],
+    )
+
+
+def _literal(value: Any, at: Loc, source: Source, path: Path) -> Any:
+    """The value, in which nothing may be unknown."""
+    if isinstance(value, Unread):
+        raise _not_literal(value, source, path)
+    if isinstance(value, dict):
+        return {key: _literal(item, (*at, key), source, path) for key, item in value.items()}
+    return value
+
+
+def _paramwise(data: dict[str, Any], source: Source, path: Path) -> tuple[Any, Loc, str]:
+    """The ``paramwise_cfg``, its place and the constructor beside it; None where there is none."""
+    if any(key in (*paramwise.KNOWN, *paramwise.NEED_A_MODEL, *paramwise.UNSAYABLE) for key in data):
+        return data, (), ""
+    found = list(_holders(data, ()))
+    if not found:
+        return None, ("paramwise_cfg",), ""
+    if len(found) > 1:
+        raise PlanError(
+            f"a second optimizer with settings of its own, beside the one at {source.where(found[0][1])}",
+            where=source.where(found[1][1]),
+            notes=["a plan is for one optimizer; import each from a file of its own"],
+        )
+    holder, at = found[0]
+    if "paramwise_options" in holder:
+        raise PlanError(
+            "paramwise_options is the name of paramwise_cfg before mmcv 1.0; newer versions do not read it",
+            where=source.where((*at, "paramwise_options")),
+            notes=["rename it to paramwise_cfg"],
+        )
+    constructor = holder.get("constructor", "")
+    where = source.where((*at, "constructor"))
+    if isinstance(constructor, Unread):
+        raise _not_literal(constructor, source, path)
+    constructor = str(constructor).rpartition(".")[2]
+    if constructor not in (*_DEFAULT, *READS):
+        known = (*_DEFAULT[1:], *READS)
+        notes = did_you_mean(constructor, known) or (f"known here: {', '.join(known)}",)
+        raise PlanError(f"constructor {constructor} has no counterpart in a plan", where=where, notes=notes)
+    config = holder.get("paramwise_cfg") or {}
+    if not isinstance(config, (dict, Unread)):
+        raise PlanError("paramwise_cfg is a dict", where=source.where((*at, "paramwise_cfg")))
+    return config, (*at, "paramwise_cfg"), constructor
+
+
+def _holders(data: Any, loc: Loc) -> Iterator[tuple[dict[str, Any], Loc]]:
+    """The dicts that hold the settings of an optimizer."""
+    if isinstance(data, dict):
+        if any(key in data for key in ("paramwise_cfg", "paramwise_options", "constructor")):
+            yield data, loc
+            return
+        for key, value in data.items():
+            yield from _holders(value, (*loc, key))
+
+
+def _check_default(key: str, where: str) -> None:
+    if key in paramwise.KNOWN or key in paramwise.NEED_A_MODEL:
+        return
+    layered = [name for name, keys in READS.items() if key in keys]
+    if layered:
+        notes: tuple[str, ...] = (f"it is read by constructor={' or '.join(map(repr, layered))} alone",)
+    elif key in paramwise.UNSAYABLE:
+        notes = (paramwise.UNSAYABLE[key],)
+    else:
+        known = (*paramwise.KNOWN, *paramwise.NEED_A_MODEL)
+        notes = did_you_mean(key, known) or (f"known here: {', '.join(known)}",)
+    raise PlanError(f"{key} has no counterpart in a plan", where=where, notes=notes)
+
+
+def _layers(constructor: str, config: Mapping[str, Any], source: Source, at: Loc) -> LayerDecay:
+    first, *others = READS[constructor]
+    rate, where = config.get(first), source.where((*at, first))
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
+        found = f"found {rate!r}" if first in config else "it is not given"
+        raise PlanError(f"{constructor} takes {first}, a number in (0, 1]; {found}", where=where)
+    number = None
+    if "num_layers" in others:
+        number = config.get("num_layers")
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            found = f"found {number!r}" if number is not None else "it is not given"
+            place = source.where((*at, "num_layers"))
+            raise PlanError(f"{constructor} takes num_layers, an integer of 1 or more; {found}", where=place)
+    kind = config.get("decay_type", "layer_wise") if "decay_type" in others else "layer_wise"
+    if kind not in ("layer_wise", "layer_wise_vit", "stage_wise"):
+        place = source.where((*at, "decay_type"))
+        raise PlanError(f"decay_type is layer_wise, layer_wise_vit or stage_wise, found {kind!r}", where=place)
+    return LayerDecay(constructor, float(rate), number, str(kind))
+
+
+def _differences(layers: LayerDecay, path: Path) -> list[str]:
+    """What timm's ``layer_decay`` does otherwise than the constructor."""
+    if layers.decay_type == "stage_wise":
+        lines = ["stage_wise: there a stage has one rate; layer_decay gives each block its own"]
+    else:
+        lines = [
+            "there the backbone's last norm has the rate of the head, and ConvNeXt's blocks share rates (one in each "
+            "stage, in the third one for three blocks); layer_decay gives each block its own, and the last norm that "
+            "of the last block"
+        ]
+    if layers.constructor != MMPRETRAIN:
+        extra = "cls_token" if layers.constructor == "LayerDecayOptimWrapperConstructor" else "pos_embed, cls_token"
+        lines.append(
+            f"weight decay: there {extra} and what else timm's no_weight_decay() lists have it, if they have two "
+            "dimensions or more; in the plan they have none"
+        )
+    return [*lines, _EXACT.format(path)]
+
+
+def _exact(
+    path: Path, model: Description, frozen: list[Rule], found: paramwise.Paramwise, layers: LayerDecay | None
+) -> Plan:
+    from freezeplan.importers.exact_rules import exact_rules
+    from freezeplan.select import select
+
+    gone = {name for rule in frozen if rule.frozen for name in select(rule, model).tensors}
+    if layers is None:
+        rates, decays = found.rates(model), found.decays(model)
+    elif layers.constructor == MMPRETRAIN:
+        rates, decays = layers.factors(model), found.decays(model)
+    else:
+        rates, decays = layers.factors(model), {}
+        for tensor in model.tensors:
+            plain = len(tensor.shape) != 1 and not tensor.name.endswith(".bias")
+            if layers.constructor == "LayerDecayOptimWrapperConstructor":
+                plain = plain and "pos_embed" not in tensor.name
+            decays[tensor.name] = float(plain)
+    rules = exact_rules(
+        model,
+        {name: rate for name, rate in rates.items() if name not in gone},
+        {name: decay for name, decay in decays.items() if name not in gone and rates[name]},
+    )
+    return Plan(version=1, name=path.stem, weight_decay="all", rules=[*frozen, *rules])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from freezeplan.errors import PlanError
+from freezeplan.importers.imported import Imported
 from freezeplan.load import read_data, read_text
 from freezeplan.plan import Plan
 from freezeplan.source import Source
@@ -14,7 +15,7 @@ from freezeplan.source import Source
 _OPTIONS = ("layer_decay", "layer_decay_min_scale", "layer_decay_no_opt_scale")
 
 
-def read(path: Path) -> Plan:
+def read(path: Path) -> Imported:
     """Return the plan that gives each tensor the rate that timm's training script gives it.
 
     Args:
@@ -35,13 +36,14 @@ def read(path: Path) -> Plan:
             notes=["freeze those layers by a rule ahead, such as {stage: ..2, frozen: true}"],
         )
     decay, floor = (_number(data, key, source) for key in _OPTIONS[:2])
-    return Plan(
+    plan = Plan(
         version=1,
         name=path.stem,
         layer_decay=decay,
         layer_decay_min_scale=(floor or None) if decay is not None else None,
         rules=[{"match": ".*", "lr_mult": 1}],
     )
+    return Imported(plan)
 
 
 def _options(path: Path) -> tuple[dict[str, Any], Source]:
