@@ -6,8 +6,10 @@ import json
 import logging
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 from typer.testing import CliRunner
@@ -15,6 +17,8 @@ from typer.testing import CliRunner
 from freezeplan import cli, load_plan, resolve_plan
 from freezeplan.errors import PlanError
 from freezeplan.importers import finetuning_scheduler, mmengine, timm_args
+from freezeplan.phases import Progress, advance
+from freezeplan.plan import Plateau
 from freezeplan.zoo import create_model, describe
 
 
@@ -114,6 +118,72 @@ def test_a_schedule_thaws_what_the_package_thaws(write):
         assert {row.name: row.lr_mult * 1e-3 for row in part.trained} == pytest.approx(thawed)
     assert [phase.until for phase in plan.phases] == [3, 9, None]
     assert [len(part.trained) for part in parts] == [2, 19, 32]
+
+
+@pytest.mark.slow
+def test_the_packages_own_default_schedule(write):
+    """Two parameters a depth from the end, none with an epoch: its early stopping ends each, and a note says so."""
+    fts = peer("finetuning_scheduler.fts_supporters")
+    net = create_model("test_resnet", num_classes=3)
+    file = Path(fts.ScheduleImplMixin._gen_ft_schedule_impl(net, Path("schedules")))
+    schedule = fts.ScheduleImplMixin.load_yaml_schedule(file)
+
+    imported = finetuning_scheduler.read(file, lr=1e-3)
+    parts = resolve_plan(imported.plan, net).parts
+
+    thawed: set[str] = set()
+    for depth, part in zip(schedule, parts, strict=True):
+        thawed |= set(schedule[depth]["params"])
+        assert {row.name for row in part.trained} == thawed
+    assert thawed == {name for name, _ in net.named_parameters()}
+    assert {phase.until for phase in imported.plan.phases[:-1]} == {Plateau(metric="val_loss", patience=3)}
+    assert imported.notes == notes_of_early_stopping(f"{len(schedule) - 1} depths have", 3, "val_loss")
+
+
+def notes_of_early_stopping(depths, patience, metric):
+    return (
+        f"{depths} no max_transition_epoch: the package ends them by FTSEarlyStopping, here after {patience} epochs "
+        f"without a new best {metric}; set others by --monitor and --patience",
+        "at the end of a depth the package goes back to its best checkpoint and keeps its best value; a plan goes on "
+        "with the weights as they are, and each phase has a best value of its own",
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patience", [1, 2, 3])
+def test_a_depth_ends_when_the_packages_early_stopping_ends_it(write, patience):
+    """The same losses to FTSEarlyStopping and to the plan's plateau; each phase begins with a new best value."""
+    fts = peer("finetuning_scheduler.fts_supporters")
+    file = write("s.yaml", "0: {params: [fc.weight]}\n1: {params: [fc.bias]}\n2: {params: [layer4]}\n")
+    losses = [0.9, 0.8, *[0.85] * (patience - 1), 0.79, *[0.79] * patience, 0.7, 0.6, *[0.65] * patience, 0.5]
+    stopping = fts.FTSEarlyStopping(monitor="val_loss", patience=patience)
+    stopping.finetuningscheduler_callback = SimpleNamespace(curr_depth=0)
+    stopping.es_phase_complete, stopping.final_phase = False, False
+    ended = []
+    for epoch, loss in enumerate(losses):
+        stopping._evaluate_stopping_criteria(torch.tensor(loss))
+        if stopping.es_phase_complete:
+            ended.append(epoch + 1)
+            stopping._reset_es_phase()
+
+    imported = finetuning_scheduler.read(file, lr=1e-3, patience=patience)
+    progress = Progress()
+    for epoch, loss in enumerate(losses):
+        progress = advance(imported.plan.phases, progress, None, epoch + 1, {"val_loss": loss})
+
+    assert [epoch for _, epoch in progress.ended] == ended[:2]
+    assert len(ended) >= 2
+    assert imported.notes == notes_of_early_stopping("2 depths have", patience, "val_loss")
+
+
+def test_another_metric_and_depths_of_both_kinds(write):
+    """``max_transition_epoch`` stays an epoch; the last depth has no end."""
+    text = "0: {params: [a.weight], max_transition_epoch: 4}\n1: {params: [b.weight]}\n2: {params: [c.weight]}\n"
+    imported = finetuning_scheduler.read(write("s.yaml", text), lr=1e-3, monitor="val/error", patience=7)
+
+    plateau = Plateau(metric="val/error", patience=7)
+    assert [phase.until for phase in imported.plan.phases] == [4, plateau, None]
+    assert imported.notes == notes_of_early_stopping("1 depth has", 7, "val/error")
 
 
 # mmengine -------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def read(path: Path, *, lr: float | None = None, monitor: str = MONITOR, patienc
             depth before; a key is one that a plan cannot say; or later depths need ``lr`` and it was not given.
     """
     data, source = read_data(path)
-    if not isinstance(data, dict) or sorted(map(str, data)) != [str(index) for index in range(len(data))] or not data:
+    if not isinstance(data, dict) or set(map(str, data)) != set(map(str, range(len(data)))) or not data:
         raise PlanError("a schedule is a mapping with the depths 0, 1, 2, ... as keys", where=source.where(()))
     depths = [(key, data[key]) for key in sorted(data, key=int)]
     if len(depths) > 1 and lr is None:
