@@ -642,6 +642,7 @@ def test_the_way_that_the_error_names_leads_there(write):
 
     found = mmengine.read(Path("resolved.py"))
 
+    assert found.notes == ()
     norms = ["_BatchNorm", "_InstanceNorm", "GroupNorm", "LayerNorm"]
     assert list(found.plan.rules) == [
         Rule(match="backbone", stage="..2", frozen=True),

@@ -38,8 +38,11 @@ def frozen_rules(data: Mapping[str, Any], source: Source) -> tuple[list[Rule], l
     """
     rules: list[Rule] = []
     notes: list[str] = []
+    inside = {(key, repr(value)) for _, key, value, _ in _entries(data.get("model"), ("model",))}
     for loc, key, value, holder in _entries(data, ()):
         place = source.where(loc)
+        if loc[0] != "model" and (key, repr(value)) in inside:  # a variable that the model was put together from
+            continue
         if isinstance(value, Unread) and _FREEZES.search(key):
             message = f"{key} is {value.text}, which is not a literal; the file is read, not executed"
             raise PlanError(message, where=place, notes=["write its value out"])
