@@ -90,7 +90,7 @@ def shortest_rules(
     Examples:
         >>> model = zoo.describe(zoo.create_model("test_resnet", meta=True))
         >>> shortest_rules(model, {t.name: t.name.startswith("fc.") for t in model.tensors})
-        [({'role': ['head']}, True), ({'match': ['.*']}, False)]
+        [({'match': ['fc']}, True), ({'match': ['.*']}, False)]
     """
     if not wanted or all(value == usual for value in wanted.values()):
         return []
