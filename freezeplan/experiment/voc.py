@@ -73,6 +73,8 @@ class VocData:
     train: tuple[Photo, ...]
     val: tuple[Photo, ...]
     files: Files
+    note: str = ""
+    """How the images were split, where the data set does not say it itself, and what was left out."""
 
 
 @dataclass(frozen=True)
