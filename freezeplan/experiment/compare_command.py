@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -30,9 +31,10 @@ from freezeplan.experiment.compare import (
     load_plans,
 )  # fmt: skip
 from freezeplan.experiment.compare_report import FILES, percent, print_ranking, write
+from freezeplan.experiment.on_ray import on_ray
 from freezeplan.experiment.photos import read_photos
 from freezeplan.experiment.ranking import Trial, rank
-from freezeplan.experiment.train import Epoch, Settings
+from freezeplan.experiment.train import Amp, Epoch, Settings
 from freezeplan.experiment.weights import default_image_size, weights_title
 
 TRIALS = "trials"
@@ -54,7 +56,14 @@ def compare_plans(
     out: Path | None = None,
     resume: bool = False,
     skip_bad: bool = False,
-    **settings: Any,
+    device: str = "auto",
+    amp: Amp | None = None,
+    threads: int | None = None,
+    workers: int | None = None,
+    cache: bool = True,
+    cache_dir: Path | None = None,
+    ray: bool = False,
+    address: str | None = None,
 ) -> int:
     """Train plans on one's own photos, print their ranking, and write it to a folder.
 
@@ -72,7 +81,14 @@ def compare_plans(
         out: None: ``runs/compare-DATE-TIME``.
         resume: Take the trials that ``out`` holds, and train the others.
         skip_bad: Leave out images that do not decode and classes that are in one split only.
-        **settings: More fields of ``Settings``.
+        device: ``auto`` takes CUDA where there is one.
+        amp: ``bf16`` or ``fp16`` for autocast; None: float32.
+        threads: Threads inside torch; None: one a core.
+        workers: Threads that decode images; None: one a core.
+        cache: Whether features of frozen layers are computed once, and shared by all trials.
+        cache_dir: Where they are kept; None: the user's cache folder.
+        ray: Whether each trial is a Ray task.
+        address: Of a Ray cluster; None: Ray is started on this machine.
 
     Returns:
         0, or 1 where a plan could not be trained at one of its rates.
@@ -89,8 +105,10 @@ def compare_plans(
     found = read_photos(data, seed=seeds[0], data_dir=data_dir, skip_bad=skip_bad)
     chosen = Settings(
         epochs=epochs, batch_size=batch_size, image_size=image_size or default_image_size(model), lr=rates[0],
-        optimizer="adamw", skip_bad=skip_bad, **settings,
+        optimizer="adamw", skip_bad=skip_bad, device=_device(device), amp=amp, threads=threads or cores(),
+        workers=workers or cores(), cache=cache, cache_dir=None if cache_dir is None else str(cache_dir),
     )  # fmt: skip
+    engine = on_ray(address) if ray else in_turn
     fitting, notes = fit_to(loaded, blank(model, len(found.classes)))
     comparison = Comparison(fitting, chosen, model, weights, len(found.classes))
     jobs = [Job(plan, rate, one) for plan in fitting for one in seeds for rate in rates]
@@ -110,7 +128,7 @@ def compare_plans(
         photos = decode_photos(
             found, chosen, seed=seeds[0], transform=eval_transform(model, chosen.image_size), progress=screen.decoded
         )
-        trials, failed = compare(jobs, comparison, photos, screen, folder=out / TRIALS, engine=in_turn)
+        trials, failed = compare(jobs, comparison, photos, screen, folder=out / TRIALS, engine=engine)
     whole = {plan for plan in fitting if not any(job.plan == plan for job in failed)}
     places = rank([trial for trial in trials if trial.plan in whole])
     print_ranking(stdout, places)
@@ -143,6 +161,18 @@ def eval_transform(model: str, image_size: int) -> Callable[[Any], Tensor]:
         interpolation=config["interpolation"], crop_pct=config["crop_pct"], crop_mode=config["crop_mode"],
     )  # fmt: skip
     return lambda image: torch.as_tensor(transform(image))
+
+
+def cores() -> int:
+    """Return the cores that this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _device(name: str) -> str:
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise FreezePlanError("--device cuda: torch finds no CUDA device", notes=["--device cpu or --device auto"])
+    return "cuda" if name == "auto" and there else "cpu" if name == "auto" else name
 
 
 def _print_facts(console: Console, facts: Mapping[str, str]) -> None:

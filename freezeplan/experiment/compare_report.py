@@ -22,9 +22,11 @@ from freezeplan.whole import flush, whole_file
 FILES = ("results.json", "results.csv", "comparison.svg", "report.html")
 ACCENT, OTHER = "#0072b2", "#8a94a0"
 COLUMNS = (
-    ("plan", "left"), ("lr", "right"), ("val error %", "right"), ("95 % interval", "right"), ("train %", "right"),
+    ("plan", "left"), ("lr", "right"), ("error %", "right"), ("95 % interval", "right"), ("train %", "right"),
     ("seconds", "right"), ("peak", "right"), ("trained", "right"), ("", "left"),
 )  # fmt: skip
+FRONT, NOISE = "*", "~"
+LEGEND = f"{FRONT} no plan has both a lower error and a shorter time   {NOISE} within noise of the first plan"
 
 
 def cells(place: Place, on_front: bool) -> tuple[str, ...]:
@@ -33,15 +35,24 @@ def cells(place: Place, on_front: bool) -> tuple[str, ...]:
     Examples:
         >>> place = Place("full", 1e-3, 0.286, (0.26, 0.31), 0.3, 0.01, 35.2, None, 9_000_000, False, None)
         >>> cells(place, on_front=True)
-        ('full', '0.001', '28.6', '26.0 to 31.0', '1.0', '35.2', '', '9,000,000', 'front')
+        ('full', '0.001', '28.6', '26.0 to 31.0', '1.0', '35.2', '', '9.0 M', '*')
     """
     low, high = place.interval
-    marks = [*(["front"] if on_front else []), *(["within noise of the first"] if place.within_noise else [])]
     return (
         place.plan, f"{place.lr:g}", percent(place.val_error), f"{percent(low)} to {percent(high)}",
         percent(place.train_error), f"{place.seconds:.1f}", "" if place.peak_bytes is None else size(place.peak_bytes),
-        f"{place.trained:,}", "; ".join(marks),
+        short(place.trained), FRONT * on_front + NOISE * place.within_noise,
     )  # fmt: skip
+
+
+def short(count: int) -> str:
+    """Return a number of parameters in thousands or millions.
+
+    Examples:
+        >>> short(6_405), short(12), short(3_400_000)
+        ('6.4 k', '12', '3.4 M')
+    """
+    return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count / 1e3:.1f} k" if count >= 1e3 else str(count)
 
 
 def percent(fraction: float) -> str:
@@ -66,14 +77,15 @@ def size(count: int) -> str:
 
 def print_ranking(console: Console, places: Sequence[Place]) -> None:
     """Print the ranking as a table, and the verdict."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     for name, justify in COLUMNS:
-        table.add_column(name, justify=justify, no_wrap=name != "")  # type: ignore[arg-type]
+        table.add_column(name, justify=justify, no_wrap=True, overflow="fold")  # type: ignore[arg-type]
     on_front = front(places)
     for number, place in enumerate(places):
         style = "bold" if number == 0 else ""
         table.add_row(*(Text(cell, style) for cell in cells(place, place.plan in on_front)))
     console.print(table)
+    console.print(Text(LEGEND, "dim"), soft_wrap=True)
     console.print()
     console.print(Text(verdict(places)), soft_wrap=True)
 
@@ -140,7 +152,7 @@ def write(out: Path, places: Sequence[Place], results: Mapping[str, Any], title:
     )
     on_front = front(places)
     page = environment.get_template("compare.html.jinja").render(
-        title=title, verdict=verdict(places), columns=COLUMNS, results=results,
+        title=title, verdict=verdict(places), columns=COLUMNS, legend=LEGEND, results=results,
         rows=[cells(place, place.plan in on_front) for place in places],
         picture=picture.decode().partition("<svg")[2],
     )  # fmt: skip
