@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import freezeplan
-from freezeplan import completion, picture, proof_commands, render, report, run_commands, store
+from freezeplan import compare_commands, completion, picture, proof_commands, render, report, run_commands, store
 from freezeplan.description import Description
 from freezeplan.difference import compare
 from freezeplan.dump import dump
@@ -329,6 +329,7 @@ def presets(as_json: AsJson = False) -> None:
 
 app.command()(proof_commands.verify)
 app.add_typer(proof_commands.delta, name="delta")
+app.command()(compare_commands.compare)
 app.command()(run_commands.run)
 app.command()(run_commands.report)
 

@@ -36,11 +36,26 @@ class Files(Protocol):
     root: str
     """The folder that the names are below: on the disk or in the archive."""
 
+    def names(self) -> Sequence[str]:
+        """Return the names of all plain files, sorted."""
+
     def has(self, name: str) -> bool:
         """Return whether there is a plain file of this name."""
 
     def read(self, name: str) -> bytes:
         """Return the whole content of the file of this name; several threads may ask at once."""
+
+
+def open_any(path: Path) -> Files:
+    """Open a folder or an archive whose names begin at its top; see ``open_files`` for what is refused.
+
+    Raises:
+        DataError: If there is nothing at ``path``, or the archive is damaged, cut short or refused.
+    """
+    if path.is_dir():
+        return _Folder(path, path)
+    members, handle = _open_archive(path)
+    return _Archive(path, PurePosixPath("."), members, handle)
 
 
 def open_files(path: Path, mark: str) -> Files:
@@ -62,17 +77,25 @@ def open_files(path: Path, mark: str) -> Files:
     if path.is_dir():
         marks = [found.relative_to(path).as_posix() for up in ("", "*/", "*/*/") for found in path.glob(up + mark)]
         return _Folder(path, path / _root(path, mark, marks, [found.name for found in path.iterdir()]))
-    if not path.is_file():
-        raise DataError("no such file or folder", where=str(path), notes=["give a VOCdevkit folder or a tar of one"])
-    handle = _open_tar(path)
+    members, handle = _open_archive(path)
+    marks = [name for name in members if f"/{name}".endswith(f"/{mark}")]
     try:
-        members = dict(_index(path, handle))
-        marks = [name for name in members if f"/{name}".endswith(f"/{mark}")]
         root = _root(path, mark, marks, {PurePosixPath(name).parts[0] for name in members})
     except DataError:
         handle.close()
         raise
     return _Archive(path, PurePosixPath(root), members, handle)
+
+
+def _open_archive(path: Path) -> tuple[dict[str, tuple[int, int]], IO[bytes]]:
+    if not path.is_file():
+        raise DataError("no such file or folder", where=str(path), notes=["give a VOCdevkit folder or a tar of one"])
+    handle = _open_tar(path)
+    try:
+        return dict(_index(path, handle)), handle
+    except DataError:
+        handle.close()
+        raise
 
 
 class _Folder:
@@ -81,6 +104,13 @@ class _Folder:
         self._root = root
         self.root = root.resolve().as_posix()
         self._inside = path.resolve()
+
+    def names(self) -> Sequence[str]:
+        folders = os.walk(self._root)
+        found = [
+            Path(folder, name).relative_to(self._root).as_posix() for folder, _, files in folders for name in files
+        ]
+        return sorted(found)
 
     def has(self, name: str) -> bool:
         try:
@@ -114,6 +144,10 @@ class _Archive:
         self._handle = handle
         self._lock = threading.Lock()
         weakref.finalize(self, handle.close)
+
+    def names(self) -> Sequence[str]:
+        paths = map(PurePosixPath, self._members)
+        return sorted(str(path.relative_to(self._root)) for path in paths if path.is_relative_to(self._root))
 
     def has(self, name: str) -> bool:
         return str(self._root / name) in self._members

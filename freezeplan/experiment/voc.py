@@ -73,6 +73,8 @@ class VocData:
     train: tuple[Photo, ...]
     val: tuple[Photo, ...]
     files: Files
+    note: str = ""
+    """How the images were split, where the data set does not say it itself, and what was left out."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ def load_split(
     image_size: int,
     rule: LabelRule,
     resize: Resize = "squash",
+    transform: Callable[[Image.Image], Tensor] | None = None,
     workers: int = 1,
     skip_bad: bool = False,
     progress: Callable[[int, int], None] = lambda done, images: None,
@@ -167,6 +170,7 @@ def load_split(
         image_size: Side of the square in pixels.
         rule: Which class an image is trained on, see :func:`label`.
         resize: How an image becomes square, see :func:`decode`.
+        transform: Makes an RGB image square in another way, and a uint8 tensor of it, (3, image_size, image_size).
         workers: Threads that decode.
         skip_bad: Leave out images that do not decode and list them in the result, instead of failing.
         progress: Is told how many images of how many are done, after each.
@@ -183,7 +187,8 @@ def load_split(
 
     def decode_into(row: int) -> Problem | None:
         try:
-            images[row] = decode(data.files.read(photos[row].file), image_size, resize)
+            content = data.files.read(photos[row].file)
+            images[row] = decode(content, image_size, resize) if transform is None else transform(open_image(content))
         except Exception as error:  # what a damaged image makes its reader raise is not documented
             return Problem(f"{photos[row].file} does not decode ({_reason(error)})", str(data.files.path))
         return None
@@ -232,13 +237,18 @@ def decode(content: bytes, image_size: int, resize: Resize = "squash") -> Tensor
         >>> decode(buffer.getvalue(), 4).shape, decode(buffer.getvalue(), 4).unique()
         (torch.Size([3, 4, 4]), tensor([128], dtype=torch.uint8))
     """
+    whole, size = open_image(content), (image_size, image_size)
+    bilinear = Image.Resampling.BILINEAR
+    small = whole.resize(size, bilinear) if resize == "squash" else ImageOps.fit(whole, size, bilinear)
+    return torch.from_numpy(np.array(small)).permute(2, 0, 1)
+
+
+def open_image(content: bytes) -> Image.Image:
+    """Decode one image to RGB in its own size; ``decode`` says what is raised."""
     with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
         if picture.width * picture.height > (Image.MAX_IMAGE_PIXELS or 0):
             raise Image.DecompressionBombError(f"{picture.width} x {picture.height} pixels are too many")
-        whole, size = picture.convert("RGB"), (image_size, image_size)
-        bilinear = Image.Resampling.BILINEAR
-        small = whole.resize(size, bilinear) if resize == "squash" else ImageOps.fit(whole, size, bilinear)
-    return torch.from_numpy(np.array(small)).permute(2, 0, 1)
+        return picture.convert("RGB")
 
 
 def _read_list(files: Files, file: str, problems: list[Problem]) -> tuple[Photo, ...]:
