@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from freezeplan import names, seal, store, zoo
 from freezeplan.errors import ApplyError, FreezePlanError
-from freezeplan.independence import same
+from freezeplan.independence import largest_difference, same
 from freezeplan.prefix import Prefix
 from freezeplan.replay import capture
 from freezeplan.resolution import Resolution
@@ -76,6 +76,8 @@ class Features(Dataset[Any]):
         self._count, self.views = count, views
         self.computed = computed
         self.seconds = seconds
+        self.size_difference = 0.0
+        """By how much features change with the number of images in a batch, relative to the largest; measured."""
         self._open: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -301,7 +303,7 @@ def fill(
 
 def check_stored(
     model: nn.Module, prefix: Prefix, images: Tensor, features: Features, dtype: FeatureDtype, device: torch.device
-) -> None:
+) -> float:
     """Compute the first batch of features once more, and compare it with what is stored, bit by bit.
 
     It is the very computation that stored them: the same images in one batch, under the same autocast, with weights in
@@ -315,16 +317,21 @@ def check_stored(
         dtype: Of what is stored.
         device: Where the passes run.
 
+    Returns:
+        By how much the features of the first three images differ if only these are in the batch, relative to the
+        largest: the rounding of a device that chooses kernels by shape. It is reported, and never judged.
+
     Raises:
         ApplyError: If they differ: something that no digest covers has changed.
     """
-    fresh = _stored(capture(model, [prefix], images.to(device))[0], dtype)
+    fresh = capture(model, [prefix], images.to(device))[0]
     stored = torch.stack([features._features(row) for row in range(len(fresh))])
-    if not same(fresh, stored):
+    if not same(_stored(fresh, dtype), stored):
         raise ApplyError(
             "the features on disk are not those that the model gives now",
             notes=["freezeplan cache rm, then again; if it stays so, the frozen part is not deterministic"],
         )
+    return largest_difference(fresh[:3], capture(model, [prefix], images[:3].to(device))[0])
 
 
 def image_of(item: Any) -> Tensor:

@@ -661,7 +661,9 @@ class AppliedPlan:
                         device=there, workers=workers, limit=limit, progress=progress, earlier=earlier,
                     )  # fmt: skip
                     batch = cache.first_batch(dataset, views, seed, batch_size)
-                    cache.check_stored(self.model, found[0].prefix, batch, features, dtype, there)
+                    features.size_difference = cache.check_stored(
+                        self.model, found[0].prefix, batch, features, dtype, there
+                    )
             finally:
                 self.model.to(home)
         return features, cuts.rest

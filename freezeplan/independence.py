@@ -136,8 +136,8 @@ def _first(
             run(images)
     for (module, first), (_, second) in zip(*seen, strict=False):
         if not all(map(same, first, second)):
-            return module
-    return str(" or ".join(modules))
+            return str(module)
+    return " or ".join(modules)
 
 
 def rows(tensor: Tensor, place: int | None, images: int) -> Tensor:

@@ -510,7 +510,9 @@ def test_three_phases_run_the_first_layers_once(tmp_path, monkeypatch, stages, f
         assert again.computed == 0
         assert torch.allclose(rest.eval()(features.batch(range(40))), model(images), rtol=1e-4, atol=1e-4)
 
-    assert pixels == [4 + 4 + 40 * anew for anew in from_pixels]  # each call computes its first batch of four once more
+    assert pixels == [
+        2 * (4 + 3) + 40 * anew for anew in from_pixels
+    ]  # each call: the first batch of four once more, three alone
 
 
 def test_caching_changes_nothing(live, tmp_path):

@@ -1,7 +1,7 @@
-"""A device whose kernels round by the number of images, as a GPU's do: what is kept is kept, what depends is found.
+"""A device whose kernels round by the number of images, as a GPU's do: features are cached, dependence is found.
 
-``conv2d`` and ``linear`` are patched: each output gets a relative change that the shape alone decides. So the same batch
-twice is equal bit by bit, and so is an image at the same place of a batch of the same size. Batches of other sizes are
+``conv2d`` and ``linear`` are patched: each output gets a relative change that the shape alone decides. So the same
+batch twice is equal bit by bit, and so is an image at the same place of a batch of the same size. Batches of other sizes are
 not.
 """
 
@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset
 
 from freezeplan import apply_plan, cache
 from freezeplan.errors import ApplyError
+from freezeplan.experiment.command import voc_vgg16
 from freezeplan.replay import Rest
 from freezeplan.replay_proof import prove
 from freezeplan.zoo import create_model
@@ -104,6 +105,16 @@ def test_models_keep_their_features(name, plan, device_that_rounds, tmp_path):
 @pytest.mark.parametrize("family", ZOO)
 def test_one_model_of_each_module_keeps_its_features(family, device_that_rounds, tmp_path):
     keeps_trains_and_reads_back(ZOO[family]["model"], tmp_path)
+
+
+@pytest.mark.slow
+def test_the_experiment_ends_with_four_arms(device_that_rounds, tmp_path):
+    """The embedded sample, on features where convolutions are frozen."""
+    out = voc_vgg16(out=tmp_path / "out", cache_dir=tmp_path / "cache", epochs=2, threads=1, workers=1)
+    arms = json.loads((out / "results.json").read_text())["arms"]
+
+    assert list(arms) == ["scratch", "frozen_convs", "low_conv_lr", "same_lr"]
+    assert [arm["runs"][0]["features"] > 0 for arm in arms.values()] == [False, True, False, False]
 
 
 def test_the_difference_is_measured_and_said(device_that_rounds):
