@@ -1,8 +1,8 @@
 """A device whose kernels round by the number of images, as a GPU's do: features are cached, dependence is found.
 
 ``conv2d`` and ``linear`` are patched: each output gets a relative change that the shape alone decides. So the same
-batch twice is equal bit by bit, and so is an image at the same place of a batch of the same size. Batches of other sizes are
-not.
+batch twice is equal bit by bit, and so is an image at the same place of a batch of the same size. Batches of other
+sizes are not.
 """
 
 from __future__ import annotations
