@@ -14,7 +14,7 @@ import torch
 import torch._inductor.config
 from timing import alternate, show
 
-from freezeplan.prefix import tensors
+from freezeplan.calls import tensors
 from freezeplan.zoo import create_model
 
 FLOPS = 30_693_949_440

@@ -12,8 +12,10 @@ from torch import nn
 
 from freezeplan import apply, cache, names, replay, zoo
 from freezeplan.errors import ApplyError, FreezePlanWarning
-from freezeplan.prefix import Prefix, watch
+from freezeplan.prefix import Prefix
+from freezeplan.replay_proof import prove
 from freezeplan.resolution import Resolution
+from freezeplan.watch import watch
 
 
 class Cut(NamedTuple):
@@ -58,11 +60,11 @@ def find_cuts(model: nn.Module, resolution: Resolution, index: int, sample: torc
     here = resolution.parts[index]
     now = prefix_of(model, sample)
     if not now.stored:
-        raise ApplyError(f"there is nothing to keep: {now}", notes=["train on images, with the same plan"])
+        raise ApplyError(f"there is nothing to cache: {now}", notes=["train on images, with the same plan"])
     if now.advice:
         warnings.warn(now.advice, FreezePlanWarning, stacklevel=4)
     rest = replay.Rest(model, now)
-    replay.prove(model, rest, now, sample)
+    prove(model, rest, now, sample)
     kept, live = [Cut(here, now)], names.survey(model)
     still = frozen = _frozen(here)
     before: Cut | None = None

@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
+import os
 import pickle
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +32,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from freezeplan import names, seal, store, zoo
 from freezeplan.errors import ApplyError, FreezePlanError
-from freezeplan.prefix import Prefix, close
+from freezeplan.independence import largest_difference, same
+from freezeplan.prefix import Prefix
 from freezeplan.replay import capture
 from freezeplan.resolution import Resolution
 from freezeplan.whole import flush, whole_file
@@ -39,7 +42,7 @@ FeatureDtype = Literal["float32", "float16", "bfloat16"]
 SHARD_BYTES = 256 * 2**20
 """Images of a shard, or its features where they are larger, about: both are in memory until they are written. Where
 they are not larger, phases and plans cut alike and find each other's shards."""
-_TOLERANCE = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 2e-2}
+DTYPES: tuple[FeatureDtype, ...] = ("float32", "float16", "bfloat16")
 
 
 class Features(Dataset[Any]):
@@ -73,6 +76,8 @@ class Features(Dataset[Any]):
         self._count, self.views = count, views
         self.computed = computed
         self.seconds = seconds
+        self.size_difference = 0.0
+        """By how much features change with the number of images in a batch, relative to the largest; measured."""
         self._open: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -141,28 +146,66 @@ class Features(Dataset[Any]):
 
 
 def key(model: nn.Module, part: Resolution, prefix: Prefix, dtype: FeatureDtype, device: torch.device) -> str:
-    """Return a digest of all that decides about features but the images.
+    """Return a digest of all that decides about the bits of features but the images.
 
-    Frozen parameters and buffers, bit by bit; which outputs are kept; the modules' own settings; the numbers that are
-    computed with; the versions of torch and timm.
+    Frozen parameters and buffers, bit by bit; which outputs are kept; the modules' own settings; the device and the
+    numbers that it computes with; the versions of torch and timm.
     """
     found = hashlib.sha256()
     live = names.modules(model)
     facts = {
-        "format": 1,
+        "format": 2,  # convolutions of cached calls lie channels-last while features are computed
         "model": [zoo.title(model), type(model).__module__, type(model).__qualname__],
         "calls": [(call.module, call.number, repr(call.outputs), repr(live.get(call.module))) for call in prefix.calls],
         "image": [prefix.image_shape, str(prefix.image_dtype)],
         "dtype": dtype,
-        "device": device.type,
-        "autocast": str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else "",
-        "precision": torch.get_float32_matmul_precision(),
+        **arithmetic(device),
         "versions": [torch.__version__, zoo.version()],
     }
     found.update(json.dumps(facts).encode())
     for name, tensors in seal.still(model, part):
         found.update(f"{name} {seal.digest(tensors)}".encode())
     return found.hexdigest()[:16]
+
+
+def arithmetic(device: torch.device) -> dict[str, Any]:
+    """Return what decides about the bits of a product of matrices besides its numbers, as plain data.
+
+    The kind of device and its name; autocast; how exact float32 products are (TF32); cuDNN's version; on the CPU its
+    instruction set and the number of threads, which change the order of sums.
+
+    Examples:
+        >>> arithmetic(torch.device("cpu"))["device"][0]
+        'cpu'
+    """
+    kind = device.type
+    named = torch.cuda.get_device_name(device) if kind == "cuda" else ""
+    cpu = [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()] if kind == "cpu" else []
+    return {
+        "device": [kind, named, *cpu],
+        "autocast": str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "",
+        "precision": {place: _setting(place) for place in _PRECISIONS},
+        "cudnn": torch.backends.cudnn.version() if kind == "cuda" else None,  # type: ignore[no-untyped-call]
+        "override": os.environ.get("NVIDIA_TF32_OVERRIDE", ""),
+    }
+
+
+_PRECISIONS = (
+    "fp32_precision", "cuda.matmul.fp32_precision", "cudnn.conv.fp32_precision", "cudnn.rnn.fp32_precision",
+    "mkldnn.matmul.fp32_precision", "mkldnn.conv.fp32_precision", "cuda.matmul.allow_tf32", "cudnn.allow_tf32",
+    "cuda.matmul.allow_bf16_reduced_precision_reduction", "cuda.matmul.allow_fp16_reduced_precision_reduction",
+)  # fmt: skip
+"""Settings below ``torch.backends``; the newer ones are there from torch 2.9 on, which refuses to read the older ones
+where a newer one was set."""
+
+
+def _setting(place: str) -> str:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return str(operator.attrgetter(place)(torch.backends))
+    except (AttributeError, RuntimeError):
+        return ""
 
 
 @dataclass(frozen=True)
@@ -258,19 +301,37 @@ def fill(
     )
 
 
-def check_stored(model: nn.Module, prefix: Prefix, images: Tensor, features: Features, dtype: FeatureDtype) -> None:
-    """Compare the first stored rows with features computed now.
+def check_stored(
+    model: nn.Module, prefix: Prefix, images: Tensor, features: Features, dtype: FeatureDtype, device: torch.device
+) -> float:
+    """Compute the first batch of features once more, and compare it with what is stored, bit by bit.
+
+    It is the very computation that stored them: the same images in one batch, under the same autocast, with weights in
+    the same memory format.
+
+    Args:
+        model: As it was when the features were computed.
+        prefix: What is cached of it.
+        images: The first batch of them, (N, C, H, W).
+        features: What is stored.
+        dtype: Of what is stored.
+        device: Where the passes run.
+
+    Returns:
+        By how much the features of the first three images differ if only these are in the batch, relative to the
+        largest: the rounding of a device that chooses kernels by shape. It is reported, and never judged.
 
     Raises:
         ApplyError: If they differ: something that no digest covers has changed.
     """
-    fresh = capture(model, [prefix], images)[0].cpu()
-    stored = features.batch(range(min(len(fresh), len(features))))
-    if not close(fresh[: len(stored)], stored, _TOLERANCE[dtype]):
+    fresh = capture(model, [prefix], images.to(device))[0]
+    stored = torch.stack([features._features(row) for row in range(len(fresh))])
+    if not same(_stored(fresh, dtype), stored):
         raise ApplyError(
             "the features on disk are not those that the model gives now",
             notes=["freezeplan cache rm, then again; if it stays so, the frozen part is not deterministic"],
         )
+    return largest_difference(fresh[:3], capture(model, [prefix], images[:3].to(device))[0])
 
 
 def image_of(item: Any) -> Tensor:
@@ -306,8 +367,8 @@ def check_arguments(dataset: Any, *, views: int, batch_size: int, dtype: str) ->
             f"features are kept of a data set with len(dataset) and dataset[index]; found a {type(dataset).__name__}",
             notes=["torch.utils.data.TensorDataset(images, labels) makes one of tensors"],
         )
-    if dtype not in _TOLERANCE:
-        raise ApplyError(f"dtype is {', '.join(map(repr, _TOLERANCE))}, found {dtype!r}")
+    if dtype not in DTYPES:
+        raise ApplyError(f"dtype is {', '.join(map(repr, DTYPES))}, found {dtype!r}")
     if views < 1 or batch_size < 1 or not len(dataset):
         raise ApplyError(
             f"features need at least one image, one view and one image a pass, found {len(dataset)}, {views} and "
@@ -348,6 +409,13 @@ def first_images(dataset: Dataset[Any], views: int, seed: int) -> Tensor:
     reader = _Reader(dataset, views, seed)
     with _own_random_state():
         return torch.stack([image_of(reader[row % len(dataset)]) for row in range(3)])  # type: ignore[arg-type]
+
+
+def first_batch(dataset: Dataset[Any], views: int, seed: int, batch_size: int) -> Tensor:
+    """Return the images of the first batch that ``fill`` computes features of, (N, C, H, W)."""
+    reader = _Reader(dataset, views, seed)
+    with _own_random_state():
+        return torch.stack([image_of(reader[row]) for row in range(min(batch_size, len(reader)))])
 
 
 @contextmanager

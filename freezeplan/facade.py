@@ -31,10 +31,11 @@ from freezeplan import (
     store,
     zoo,
 )
+from freezeplan.calls import undisturbed
 from freezeplan.errors import ApplyError, FreezePlanWarning
 from freezeplan.load import PlanLike, load_plan
 from freezeplan.plan import Plan
-from freezeplan.prefix import Prefix, undisturbed
+from freezeplan.prefix import Prefix
 from freezeplan.resolution import Resolution
 from freezeplan.resolve import resolve
 from freezeplan.seal import Seal, Verification, compare, take_seal
@@ -556,15 +557,16 @@ class AppliedPlan:
         delta.save(self.model, self.resolution, self.phase, path)
 
     def prefix(self, sample: torch.Tensor) -> Prefix:
-        """Say what of a forward pass is the same for an image in every epoch, and what it would cost to keep.
+        """Say what of a forward pass is the same for an image in every epoch, and what it would cost to cache.
 
-        Runs the model on the sample, four times forward and once backward to no parameter. Nothing of it changes.
+        Runs the model on two and three images of the sample, five times forward and once backward to no parameter,
+        under the caller's autocast. Nothing of it changes.
 
         Args:
             sample: A batch of at least two images as the model gets them, (N, C, H, W), on the model's device.
 
         Returns:
-            The calls that can be memoised, the bytes of an image that the rest of the pass reads, forward FLOPs of both
+            The calls that can be cached, the bytes of an image that the rest of the pass reads, forward FLOPs of both
             parts, and why other frozen modules cannot; as text it ends with advice.
 
         Raises:
@@ -574,7 +576,7 @@ class AppliedPlan:
             >>> from freezeplan.zoo import create_model
             >>> live = apply_plan(create_model("test_resnet", num_classes=3), "linear_probe")
             >>> print(live.prefix(torch.zeros(2, 3, 64, 64)))
-            memoised: global_pool
+            cached: global_pool
             384 bytes an image, 0.0078 times the image's 49,152
             32,784,384 of 32,784,960 forward FLOPs an image (100.0%)
         """
@@ -658,14 +660,17 @@ class AppliedPlan:
                         self.model, found, dataset, views=views, seed=seed, dtype=dtype, batch_size=batch_size,
                         device=there, workers=workers, limit=limit, progress=progress, earlier=earlier,
                     )  # fmt: skip
-                cache.check_stored(self.model, found[0].prefix, sample, features, dtype)
+                    batch = cache.first_batch(dataset, views, seed, batch_size)
+                    features.size_difference = cache.check_stored(
+                        self.model, found[0].prefix, batch, features, dtype, there
+                    )
             finally:
                 self.model.to(home)
         return features, cuts.rest
 
     def _cuts(self, sample: torch.Tensor) -> boundaries.Cuts:
         """What can be kept, found once a phase and shape of images."""
-        facts = (sample.shape, sample.dtype, sample.device)
+        facts = (sample.shape, sample.dtype, repr(cache.arithmetic(sample.device)))
         if self._memoised is None or self._memoised[0] != facts:
             index = phases.phase_at(self.plan.phases, self._progress, self._epochs)
             self._memoised = facts, boundaries.find_cuts(self.model, self.resolution, index, sample)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from freezeplan.calls import tensors, undisturbed
 from freezeplan.errors import ModelError
 from freezeplan.facade import apply_plan
 from freezeplan.load import PlanLike, load_plan
-from freezeplan.prefix import Prefix, tensors, undisturbed
+from freezeplan.prefix import Prefix
 
 
 @dataclass(frozen=True)

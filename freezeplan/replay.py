@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from freezeplan import names
+from freezeplan.calls import intercepted, named, tensors
 from freezeplan.errors import ApplyError
-from freezeplan.prefix import Call, Output, Prefix, close, intercepted, named, tensors, undisturbed
+from freezeplan.independence import same
+from freezeplan.prefix import Call, Output, Prefix
 from freezeplan.sharded import is_sharded
 
 
@@ -122,8 +124,8 @@ def _unpacked(prefix: Prefix, features: Tensor) -> Iterator[tuple[tuple[str, int
                 found.append(_nothing(features, (images * rows, *others), output.dtype))
                 continue
             part = features[:, at : at + output.elements]
-            if output.written:  # the caller's features stay as they are
-                part = part.clone()
+            if output.written or part.shape != features.shape:  # as it lay in memory: kernels are chosen by that too
+                part = part.clone(memory_format=torch.contiguous_format)
             at += output.elements
             size = (images * rows, *others)
             lying = part.reshape([size[axis] for axis in output.order])
@@ -186,7 +188,7 @@ def leads(model: nn.Module, earlier: Prefix, prefixes: Sequence[Prefix], images:
         behind = capture(model, prefixes, capture(model, [earlier], images)[0], earlier)
     except RuntimeError:  # a shape of features that were not kept
         return False
-    return all(map(close, capture(model, prefixes, images), behind))
+    return all(map(same, capture(model, prefixes, images), behind))
 
 
 @contextlib.contextmanager
@@ -266,95 +268,3 @@ def _packed(call: Call, answer: Any) -> list[Tensor]:
 def _rows(output: Output, tensor: Tensor) -> Tensor:
     images = tensor.shape[0] // output.shape[0]
     return tensor.detach().permute(output.order).reshape(images, output.elements).clone()
-
-
-def prove(model: nn.Module, rest: Rest, prefix: Prefix, images: Tensor) -> None:
-    """Compare the pass over features with the plain one: answers in eval mode, answers and gradients in train mode.
-
-    Three comparisons: as the model is; with every trained parameter changed at random, which shows what depends on it
-    without autograd knowing; and an image among others, which shows what depends on the batch. Weights, buffers, modes
-    and random states are as before afterwards.
-
-    Args:
-        model: With a live plan.
-        rest: What is to be trained on features of it.
-        prefix: What was found on it.
-        images: A batch of three, on the model's device.
-
-    Raises:
-        ApplyError: If one of them differs by more than rounding, with the name of the first module that does.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    values = [parameter.detach().clone() for parameter in trained]
-    with undisturbed(model), torch.autocast(images.device.type, enabled=False), torch.enable_grad():
-        model.train()
-        features = capture(model, [prefix], images)[0]
-        alone = capture(model, [prefix], images[1:])[0]
-        if not close(features[1:], alone):
-            raise ApplyError(
-                "an image's features depend on the other images of its batch, or on chance: they cannot be kept",
-                notes=["something in the frozen part is in train mode, or random in a way that no module shows"],
-            )
-        generator = torch.Generator().manual_seed(0)
-        try:
-            for changed in (False, True):
-                if changed:
-                    for parameter in trained:
-                        noise = torch.rand(parameter.shape, generator=generator).to(parameter)
-                        parameter.data.mul_(1 + 0.2 * noise).add_(0.01 * noise)
-                for mode in (False, True):
-                    model.train(mode)
-                    _same(model, rest, prefix, images, features, trained)
-        finally:
-            for parameter, value in zip(trained, values, strict=True):
-                parameter.data.copy_(value)
-
-
-def _same(
-    model: nn.Module, rest: Rest, prefix: Prefix, images: Tensor, features: Tensor, trained: list[nn.Parameter]
-) -> None:
-    results = []
-    for run, given in ((model, images), (rest, features)):
-        torch.manual_seed(0)
-        with torch.set_grad_enabled(model.training):  # some models keep a graph from one pass in eval to the next
-            answers = [tensor for tensor in tensors(run(given)) if tensor.is_floating_point()]
-            total = sum((a.float().square().sum() for a in answers if a.requires_grad), images.new_zeros(()))
-        gradients: tuple[Tensor | None, ...] = ()
-        if total.requires_grad:
-            gradients = torch.autograd.grad(total, trained, allow_unused=True)
-        results.append([*answers, *(gradient for gradient in gradients if gradient is not None)])
-    plain, replayed = results
-    if len(plain) == len(replayed) and all(close(a, b) for a, b in zip(plain, replayed, strict=True)):
-        return
-    where = _first_difference(model, rest, prefix, images, features)
-    raise ApplyError(
-        f"the pass over features differs from the plain one at {where}",
-        notes=["this model cannot be trained on kept features; train it on images, with the same plan"],
-    )
-
-
-def _first_difference(model: nn.Module, rest: Rest, prefix: Prefix, images: Tensor, features: Tensor) -> str:
-    """Name of the first module that both passes run and that answers differently."""
-    name = named(model)
-    memoised = {call.module for call in prefix.calls}
-    seen: list[list[tuple[str, list[Tensor]]]] = []
-
-    def around(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        answer = forward(*args, **kwargs)
-        seen[-1].append((name[id(module)], [tensor.detach().clone() for tensor in tensors(answer)]))
-        return answer
-
-    live = [m for m in model.modules() if id(m) in name and not _below(name[id(m)], memoised)]
-    for run, given in ((model, images), (rest, features)):
-        torch.manual_seed(0)
-        seen.append([])
-        with intercepted(live, around), torch.no_grad():
-            run(given)
-    for (plain, a), (replayed, b) in zip(*seen, strict=False):
-        if plain != replayed or not all(close(x, y) for x, y in zip(a, b, strict=True)):
-            return repr(plain)
-    return "the model's own code, behind all modules"
-
-
-def _below(name: str, above: set[str]) -> bool:
-    return any(name == other or name.startswith(f"{other}.") for other in above)

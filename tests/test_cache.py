@@ -427,7 +427,7 @@ def test_a_plan_without_a_prefix_is_refused(tmp_path):
         live.cached(data(), tmp_path)
     live.undo()
     assert str(error.value) == (
-        "there is nothing to keep: nothing ahead of what is trained can be memoised\n"
+        "there is nothing to cache: no frozen layer before the first trained one can be cached\n"
         "  train on images, with the same plan"
     )
     with (
@@ -510,7 +510,9 @@ def test_three_phases_run_the_first_layers_once(tmp_path, monkeypatch, stages, f
         assert again.computed == 0
         assert torch.allclose(rest.eval()(features.batch(range(40))), model(images), rtol=1e-4, atol=1e-4)
 
-    assert pixels == [3 + 3 + 40 * anew for anew in from_pixels]  # each call compares three images with what is kept
+    assert pixels == [
+        2 * (4 + 3) + 40 * anew for anew in from_pixels
+    ]  # each call: the first batch of four once more, three alone
 
 
 def test_caching_changes_nothing(live, tmp_path):

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from freezeplan import FreezePlanError, apply_plan, replay
 from freezeplan.errors import ApplyError
+from freezeplan.replay_proof import prove
 from freezeplan.zoo import create_model
 
 HEAD = {"version": 1, "rules": [{"match": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}]}
@@ -295,7 +296,7 @@ def test_answers_of_every_kind(part, use, stored, reason):
     before = features.clone()
     rest(features)
     assert torch.equal(features, before)
-    replay.prove(model, rest, prefix, images(8))
+    prove(model, rest, prefix, images(8))
     assert_same(model, prefix, rest, images(8, 7))
     live.undo()
 
@@ -318,11 +319,11 @@ def test_a_path_that_autograd_does_not_see_is_found():
     }
     _, prefix, rest = made(model, plan, 8)
     with pytest.raises(ApplyError) as error:
-        replay.prove(model, rest, prefix, images(8))
+        prove(model, rest, prefix, images(8))
 
     assert str(error.value) == (
-        "the pass over features differs from the plain one at 'head'\n"
-        "  this model cannot be trained on kept features; train it on images, with the same plan"
+        "cached features give different results, first at 'head'\n"
+        "  this model cannot be trained on cached features; train it on images, with the same plan"
     )
 
 
@@ -332,18 +333,61 @@ def test_what_depends_on_the_batch_is_found():
     class Rolled(Part):
         def forward(self, x):
             y = self.conv(x)
-            return y - y.roll(1, 0)
+            return y - 1e-6 * y.roll(1, 0) if len(y) > 2 else y
 
     model = Net(Rolled(), lambda net, y: y)
     prefix = apply_plan(model, HEAD).prefix(images(8, 2))
     with pytest.raises(ApplyError) as error:
-        replay.prove(model, replay.Rest(model, prefix), prefix, images(8))
+        prove(model, replay.Rest(model, prefix), prefix, images(8))
 
     assert str(error.value) == (
-        "an image's features depend on the other images of its batch, or on chance: they cannot be kept\n"
-        "  something in the frozen part is in train mode, or random in a way that no module shows"
+        "part: its output for an image depends on the other images of the batch, so features cannot be cached\n"
+        "  train on images with the same plan; freezeplan run --no-cache"
     )
     assert issubclass(ApplyError, FreezePlanError)
+
+
+def test_what_is_not_the_same_twice_is_found():
+    """A part that draws at random where two images do not show it."""
+
+    class Noisy(Part):
+        def forward(self, x):
+            y = self.conv(x)
+            return y + 1e-6 * torch.rand_like(y) if len(y) > 2 else y
+
+    model = Net(Noisy(), lambda net, y: y)
+    prefix = apply_plan(model, HEAD).prefix(images(8, 2))
+    with pytest.raises(ApplyError) as error:
+        prove(model, replay.Rest(model, prefix), prefix, images(8))
+
+    assert str(error.value) == (
+        "part: its output is not the same for the same batch twice: it is random, or its kernels are not "
+        "deterministic, so features cannot be cached\n"
+        "  train on images with the same plan; freezeplan run --no-cache"
+    )
+
+
+def test_gradients_that_no_device_gives_twice_are_not_asked_for():
+    """A gradient that is drawn from a state of its own differs between two plain passes."""
+
+    class Drawn(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * (1 + 1e-3 * torch.rand((), generator=RANDOM))
+
+    model = create_model("test_resnet", num_classes=3)
+    _, prefix, rest = made(model, "linear_probe")
+    answered = model.fc.forward
+    model.fc.forward = lambda x: Drawn.apply(answered(x))
+
+    prove(model, rest, prefix, images(64))
+
+
+RANDOM = torch.Generator().manual_seed(0)
 
 
 def test_proving_changes_nothing():
@@ -352,7 +396,7 @@ def test_proving_changes_nothing():
     _, prefix, rest = made(model, "surgical_last")
     model.eval()
     before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
-    replay.prove(model, rest, prefix, images(64))
+    prove(model, rest, prefix, images(64))
 
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(module.training for module in model.modules())
