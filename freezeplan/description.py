@@ -54,6 +54,14 @@ class Module(NamedTuple):
         return (self.name, *self.aliases)
 
 
+class Buffer(NamedTuple):
+    """One persistent buffer."""
+
+    name: str
+    module: str
+    """Name of the module that owns it; of one that a parametrization made, of the module that it belongs to."""
+
+
 @dataclass(frozen=True)
 class Description:
     """All that a plan can ask of a model.
@@ -83,6 +91,10 @@ class Description:
     """Tensors that timm's matcher leaves out, the classifier's excepted; they have the stage of the tensor ahead."""
     no_decay: frozenset[str] = frozenset()
     """Tensors without weight decay by timm's rule: one dimension or none, biases, ``no_weight_decay()``."""
+    beside_head: frozenset[str] = frozenset()
+    """Tensors that stand in the module that holds the classifier, or in ``pre_logits``, and are not the classifier."""
+    buffers: tuple[Buffer, ...] = ()
+    """The persistent buffers, in the model's order."""
 
     @cached_property
     def own(self) -> Mapping[str, tuple[str, ...]]:

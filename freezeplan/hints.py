@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterator, Mapping
 from freezeplan.description import Description, prefixes
 from freezeplan.plan import Plan
 from freezeplan.select import escaped, match_tensors, match_types
-from freezeplan.stages import beside_head
 
 _TINY = 0.01
 _CONTAINERS = frozenset({"Sequential", "ModuleList", "ModuleDict"})
@@ -82,7 +81,7 @@ def _head_alone(plan: Plan, model: Description, frozen: Collection[str]) -> Iter
     if not any(rule.role and "head" in rule.role for rule in plan.rules):
         return
     head = model.roles["head"]
-    beside = beside_head((tensor.name for tensor in model.tensors if tensor.name in frozen), head)
+    beside = model.beside_head.intersection(frozen)
     left = [tensor for tensor in model.tensors if tensor.name in beside and len(tensor.shape) > 1]
     if left:
         holders = {above for name in head for above in prefixes(name)}

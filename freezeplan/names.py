@@ -110,6 +110,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 class Live(NamedTuple):
     """The parts of a model by their canonical names, as they were when ``survey`` looked."""
 
+    root: nn.Module
+    """The model, without the wrappers around it."""
     walked: Sequence[tuple[str, nn.Module]]
     """What ``walk`` returns: names as torch has them."""
     parameters: dict[str, list[nn.Parameter]]
@@ -118,31 +120,42 @@ class Live(NamedTuple):
     """Canonical name -> its modules: one, or several where wrappers stand around it; the root under ``""``."""
     inner: dict[str, nn.Module]
     """Canonical name -> the module itself, without wrappers and without what a parametrization adds to it."""
+    buffers: dict[str, list[Tensor]]
+    """Canonical name -> its persistent buffers. Others are derived from the rest and may be rebuilt."""
 
 
 def survey(model: nn.Module) -> Live:
-    """Look up all parts of a model in one walk.
+    """Look up all parts of a model in one walk; wrappers around it do not count.
 
     Examples:
         >>> live = survey(nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)))
         >>> list(live.parameters), list(live.modules), len(live.parameters["weight"])
         (['bias', 'weight'], [''], 2)
     """
+    model = unwrap(model)
     walked = walk(model)
     special = [name for name, _ in walked if name.rpartition(".")[2] in _SPECIAL]
     own = called_module(walked) if special else frozenset()
     if own.issuperset(special):
-        plain = ((name, [parameter]) for name, parameter in _owned(walked))
-        return Live(walked, dict(plain), {name: [module] for name, module in walked}, dict(walked))
+        return Live(
+            model,
+            walked,
+            {name: [parameter] for name, parameter in _owned(walked)},
+            {name: [module] for name, module in walked},
+            dict(walked),
+            {name: [buffer] for name, buffer in _saved(walked)},
+        )
     inner: dict[str, nn.Module] = {}
     for name, module in walked:
         if "parametrizations" not in name.split("."):
             inner[canonical_module(name, own)] = module  # of a module and the wrappers around it, the innermost is last
     return Live(
+        model,
         walked,
         _grouped((canonical(name, own), parameter) for name, parameter in _owned(walked)),
         _grouped((canonical_module(name, own), module) for name, module in walked),
         inner,
+        _grouped((canonical(name, own), buffer) for name, buffer in _saved(walked)),
     )
 
 
@@ -154,6 +167,16 @@ def _owned(walked: Sequence[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Pa
             for key, parameter in parameters.items():
                 if parameter is not None:
                     yield below + key, parameter
+
+
+def _saved(walked: Sequence[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor]]:
+    """The persistent buffers of what ``walk`` found, under all of their names."""
+    for name, module in walked:
+        if buffers := module._buffers:
+            below = f"{name}." if name else ""
+            for key, buffer in buffers.items():
+                if buffer is not None and key not in module._non_persistent_buffers_set:
+                    yield below + key, buffer
 
 
 def parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -177,15 +200,8 @@ def modules(model: nn.Module) -> dict[str, list[nn.Module]]:
 
 
 def buffers(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Return canonical name -> its live persistent buffers. Others are derived from the rest and may be rebuilt."""
-    walked = walk(model)
-    own = called_module(walked)
-    return _grouped(
-        (canonical(f"{prefix}.{name}" if prefix else name, own), buffer)
-        for prefix, module in walked
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
-    )
+    """Return canonical name -> its live persistent buffers; see ``Live``."""
+    return survey(model).buffers
 
 
 def grouped(model: nn.Module, state: Mapping[str, T]) -> dict[str, list[T]]:

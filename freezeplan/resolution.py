@@ -38,6 +38,16 @@ class Row(NamedTuple):
         return math.prod(self.shape)
 
 
+class BufferRow(NamedTuple):
+    """What happens to one persistent buffer."""
+
+    name: str
+    frozen: bool
+    """Whether its module is in eval while the model trains, so that it keeps its values."""
+    reinit: bool
+    """Whether it starts anew: all parameters of its module do, or of the nearest module above that has any."""
+
+
 @dataclass(frozen=True)
 class Group:
     """The tensors that share all their optimizer settings, over all phases."""
@@ -142,6 +152,7 @@ class Resolution:
     """Tensor -> the layers behind it, by which ``layer_decay`` is raised; empty where the plan has none."""
     unplaced: tuple[str, ...] = ()
     """Where the plan speaks of depth: tensors that timm's matcher leaves out, so they have the depth of their place."""
+    buffers: tuple[BufferRow, ...] = ()
 
     @property
     def frozen(self) -> tuple[Row, ...]:
@@ -184,6 +195,12 @@ class Resolution:
         return tuple(
             rows[0] for rows in zip(*(part.rows for part in self.parts), strict=True) if all(r.frozen for r in rows)
         )
+
+    @cached_property
+    def always_frozen_buffers(self) -> tuple[str, ...]:
+        """The names of the buffers that are frozen in every phase."""
+        phases = zip(*(part.buffers for part in self.parts), strict=True)
+        return tuple(rows[0].name for rows in phases if all(row.frozen for row in rows))
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:

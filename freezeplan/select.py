@@ -33,14 +33,11 @@ def select(rule: Rule, model: Description) -> Selection:
     """Return the names that all selectors of a rule hold for.
 
     Args:
-        rule: The rule; its roles must be known for this model.
+        rule: The rule; a role in ``model.unknown`` selects nothing.
         model: The model.
 
     Returns:
         Tensors (by their first name; a tied weight is selected when any of its names is) and modules that own none.
-
-    Raises:
-        KeyError: If the rule asks for a role in ``model.unknown``.
 
     Examples:
         >>> from freezeplan.description import Module, Tensor
@@ -77,7 +74,7 @@ def _modules(rule: Rule, model: Description, tensors: set[str]) -> tuple[str, ..
 
 
 def _with_role(roles: Iterable[str], model: Description) -> frozenset[str]:
-    return frozenset().union(*(model.roles[role] for role in roles))
+    return frozenset().union(*(model.roles[role] for role in roles if role not in model.unknown))
 
 
 def match_tensors(patterns: Iterable[str], model: Description) -> set[str]:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from freezeplan import names, stages
-from freezeplan.description import Description, Module, Tensor
+from freezeplan.description import Buffer, Description, Module, Tensor
 from freezeplan.errors import ModelError, did_you_mean
 from freezeplan.plan import ROLES
 
@@ -107,12 +107,11 @@ def is_timm(model: nn.Module) -> bool:
     return isinstance(getattr(model, "pretrained_cfg", None), Mapping)
 
 
-def describe(model: nn.Module, *, live: names.Live | None = None, asked: Collection[str] | None = None) -> Description:
+def describe(found: nn.Module | names.Live, *, asked: Collection[str] | None = None) -> Description:
     """Write down all that a plan can ask of a model. Changes nothing; works on the meta device.
 
     Args:
-        model: Any module; roles that timm knows need a timm model.
-        live: Its parts, if they were looked up already.
+        found: Any module, or what ``names.survey`` found of it; roles that timm knows need a timm model.
         asked: The roles to find, ``stage`` and ``layer_decay`` for depth; None: all. It saves the time of the others.
 
     Returns:
@@ -125,8 +124,8 @@ def describe(model: nn.Module, *, live: names.Live | None = None, asked: Collect
         >>> len(model.roles["norm"])
         40
     """
-    model = names.unwrap(model)
-    live = live or names.survey(model)
+    live = found if isinstance(found, names.Live) else names.survey(found)
+    model = live.root
     first_name, aliases = _first_names((name, found[0]) for name, found in live.parameters.items())
     tensors = tuple(
         Tensor(name, _shape(live.parameters[name]), names.owner(name), aliases.get(name, ()))
@@ -166,6 +165,8 @@ def describe(model: nn.Module, *, live: names.Live | None = None, asked: Collect
         exponents=depth.exponents,
         unplaced=depth.unplaced,
         no_decay=frozenset(_no_decay(tensors, listed)),
+        beside_head=stages.beside_head(ordered, classifier) - classifier,
+        buffers=tuple(_buffers(live)),
     )
 
 
@@ -246,6 +247,14 @@ def _modules(inner: Mapping[str, nn.Module]) -> Iterator[Module]:
         cls: Any = type(module)
         caches = "attention_bias_cache" in module.__dict__
         yield Module(name, _types(cls), aliases.get(name, ()), _random(module, cls), caches)
+
+
+def _buffers(live: names.Live) -> Iterator[Buffer]:
+    for name in live.buffers:
+        module = names.owner(name)
+        while module not in live.inner:
+            module = names.owner(module)
+        yield Buffer(name, module)
 
 
 def _first_names(named: Iterable[tuple[str, object]]) -> tuple[dict[int, str], dict[str, tuple[str, ...]]]:
