@@ -7,7 +7,6 @@ swapped and no hook is registered: hooks on a subtree are passed by when a model
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from freezeplan import names, zoo
+from freezeplan import names
+from freezeplan.create import fresh_values
 from freezeplan.errors import ApplyError, ModelError
 from freezeplan.resolution import Group, Resolution
 from freezeplan.sharded import put
@@ -306,8 +306,8 @@ def _lookup(live: Mapping[str, list[nn.Parameter]], name: str) -> list[nn.Parame
 def reinitialise(live: names.Live, resolution: Resolution, seed: int) -> None:
     """Give what the plan says ``reinit`` the values of a freshly created model, and its modules' buffers with it.
 
-    timm models are created anew (``freezeplan.zoo.fresh``). Other models need ``reset_parameters`` on every module
-    concerned, and all of its parameters must be asked for.
+    What is timm's is created anew (``freezeplan.create.fresh_values``). Other modules need ``reset_parameters``, and
+    all of their parameters must be asked for.
 
     Args:
         live: The model as it was looked up; changed in place.
@@ -320,9 +320,8 @@ def reinitialise(live: names.Live, resolution: Resolution, seed: int) -> None:
     wanted = {row.name for row in resolution.rows if row.reinit}
     if not wanted:
         return
-    model, old = live.root, live.parameters
-    source = names.survey(zoo.fresh(model, seed) if zoo.is_timm(model) else _reset(model, wanted, seed))
-    new = source.parameters
+    old = live.parameters
+    new, buffers = fresh_values(live, wanted, seed)
     for name in sorted(wanted):
         fits = name in new and [p.shape for p in new[name]] == [p.shape for p in old[name]]
         if not fits:
@@ -335,29 +334,6 @@ def reinitialise(live: names.Live, resolution: Resolution, seed: int) -> None:
     for name in sorted(wanted):  # sharded tensors want one order in all processes
         for target, value in zip(old[name], new[name], strict=True):
             put(target, value)
-    for name in sorted(row.name for row in resolution.buffers if row.reinit and row.name in source.buffers):
-        for buffer, value_anew in zip(live.buffers[name], source.buffers[name], strict=True):
+    for name in sorted(row.name for row in resolution.buffers if row.reinit and row.name in buffers):
+        for buffer, value_anew in zip(live.buffers[name], buffers[name], strict=True):
             buffer.copy_(value_anew)
-
-
-def _reset(model: nn.Module, wanted: set[str], seed: int) -> nn.Module:
-    """A copy of a model that is not timm's, with the modules concerned initialised by their ``reset_parameters``."""
-    fresh = copy.deepcopy(model)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for name, found in names.modules(fresh).items():
-            own = {f"{name}.{key}" if name else key for key, _ in found[-1].named_parameters(recurse=False)}
-            if not own & wanted:
-                continue
-            if not own <= wanted or not hasattr(found[-1], "reset_parameters"):
-                raise ModelError(
-                    f"cannot reinit {min(own & wanted)!r}: "
-                    + (
-                        f"{type(found[-1]).__name__} has no reset_parameters"
-                        if own <= wanted
-                        else f"reset_parameters would also change {min(own - wanted)!r}"
-                    ),
-                    notes=["for models that are not timm's, reinit works on whole modules that have reset_parameters"],
-                )
-            found[-1].reset_parameters()  # type: ignore[operator]
-    return fresh

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from freezeplan.description import Description
 from freezeplan.patterns import SlowPatternError
-from freezeplan.plan import Mode, Plan
+from freezeplan.plan import SETTINGS, Mode, Plan
 from freezeplan.resolution import RuleUse
 from freezeplan.select import Selection, select
 
@@ -58,7 +58,7 @@ def decide(plan: Plan, model: Description) -> Decided:
             selection.tensors if setting in rule.settings else ()
             for rule, selection in zip(plan.rules, selections, strict=True)
         )
-        for setting in ("rate", "wd_mult", "mode", "reinit")
+        for setting in SETTINGS
     }
     module_rules = _first(selection.modules for selection in selections)
     said = {index: _rate(plan, index) for index in (None, *range(len(plan.rules)))}

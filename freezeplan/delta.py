@@ -88,8 +88,8 @@ def save(model: nn.Module, resolution: Resolution, phase: str, path: str | Path)
         "format": _FORMAT,
         "plan": json.dumps(resolution.plan.model_dump(mode="json", exclude_defaults=True)),
         "phase": phase,
-        "model": zoo.title(model),
-        "timm": zoo.timm_version(model),
+        "model": resolution.subject,
+        "timm": zoo.version() if resolution.timm_parts else zoo.timm_version(model),
         "base": _content_hash(held),
         "held": json.dumps(held),
     }

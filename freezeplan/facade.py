@@ -50,7 +50,7 @@ def resolve_plan(plan: PlanLike, model: nn.Module) -> Resolution:
 
     Args:
         plan: A Plan, a dict, a path or a preset's name.
-        model: Any module, also on the meta device; the role ``head`` needs a timm model.
+        model: Any module, also on the meta device; roles and stages need timm models, itself or inside of it.
 
     Returns:
         For each tensor its rate, decay, mode and the rule that decided; each rule's counts; hints.
@@ -86,7 +86,7 @@ def apply_plan(
     still; what says ``reinit`` gets new values. No module is swapped and nothing is hashed or copied.
 
     Args:
-        model: Any module; the role ``head`` needs a timm model.
+        model: Any module; roles and stages need timm models, itself or inside of it.
         plan: A Plan, a dict, a path or a preset's name.
         lr: Base learning rate, in the optimizer's units, greater than 0. None: the groups carry no ``lr``; right where
             every multiplier is 1 or with ``scheduler="timm"``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from freezeplan.decide import Decided
-from freezeplan.description import Description
+from freezeplan.description import Description, Part
 from freezeplan.errors import Problem, did_you_mean
 from freezeplan.plan import SELECTORS, Plan, Rule
 from freezeplan.select import ROOT_NOTE, explain_miss, match_types, names_root, select
@@ -51,6 +51,8 @@ def _unknown(plan: Plan, model: Description) -> Iterator[Problem]:
                 yield Problem(f"role {role} is not known: {model.unknown[role]}", where)
         if rule.stage and "stage" in model.unknown:
             yield Problem(model.unknown["stage"], plan.source.where((*loc, "stage")))
+        if rule.layer_decay is not None and "layer_decay" in model.unknown:
+            yield Problem(model.unknown["layer_decay"], plan.source.where((*loc, "layer_decay")))
     if plan.layer_decay is not None and "layer_decay" in model.unknown:
         yield Problem(model.unknown["layer_decay"], plan.source.where(("layer_decay",)))
 
@@ -104,8 +106,7 @@ def _dead(plan: Plan, model: Description, index: int, rule: Rule) -> Problem:
     for pattern in (rule.match or ()) if "match" in empty else ():
         notes += explain_miss(pattern, model)
     if rule.stage or "stem" in (rule.role or ()):
-        stem = "a stem (stage 0)" if 0 in model.stages.values() else "no stem"
-        notes.append(f"{model.model} has {stem} and {model.last_stage} stages")
+        notes += _depths(model)
     if rule.type and not match_types(rule.type, model):
         classes = {name for module in model.modules if module.name for name in module.types}
         owners = sorted({module.types[0] for module in model.modules if model.own[module.name]})
@@ -118,6 +119,15 @@ def _dead(plan: Plan, model: Description, index: int, rule: Rule) -> Problem:
         notes.append(f"{' and '.join(given)} select something each, and nothing together")
     notes.append("a rule that need not match on every model says optional: true")
     return Problem(what, plan.source.where(("rules", index, (empty or given)[0])), tuple(dict.fromkeys(notes)))
+
+
+def _depths(model: Description) -> Iterator[str]:
+    """How many stages each part has."""
+    for part in model.parts or (Part("", model.model, frozenset(model.stages)),):
+        stages = {model.stages[name] for name in part.tensors if name in model.stages}
+        stem = "a stem (stage 0)" if 0 in stages else "no stem"
+        called = f"{part.name} ({part.architecture})" if part.name else model.model
+        yield f"{called} has {stem} and {max(stages, default=0)} stages"
 
 
 def _overlaps(part: Decided) -> Iterator[Problem]:

@@ -31,6 +31,8 @@ class Row(NamedTuple):
     rule: int | None
     """Number, from 1, of the rule that decided the rate; None for the plan's default."""
     aliases: tuple[str, ...] = ()
+    layer_decay: float | None = None
+    """The factor that is in ``lr_mult``, to the power of the layers behind the tensor; None without one."""
 
     @property
     def elements(self) -> int:
@@ -89,7 +91,7 @@ class RuleUse:
     everything: bool
     """Whether it matches every tensor: a catch-all."""
     settings: tuple[str, ...]
-    """What it sets: some of ``rate``, ``wd_mult``, ``mode``, ``reinit``."""
+    """What it sets: some of ``freezeplan.plan.SETTINGS``."""
     tensors: tuple[str, ...]
     """The tensors that it matches."""
 
@@ -153,6 +155,18 @@ class Resolution:
     unplaced: tuple[str, ...] = ()
     """Where the plan speaks of depth: tensors that timm's matcher leaves out, so they have the depth of their place."""
     buffers: tuple[BufferRow, ...] = ()
+    timm_parts: Mapping[str, str] = field(default_factory=dict)
+    """Module name -> timm's architecture, of the timm models that the model contains; empty for a timm model itself."""
+
+    @property
+    def subject(self) -> str:
+        """The model and the timm models that it contains, such as ``Net (encoder: resnet18)``."""
+        shown = [f"{name}: {architecture}" for name, architecture in self.timm_parts.items()]
+        return self.model + (f" ({', '.join(shown[:3])}{', ...' if shown[3:] else ''})" if shown else "")
+
+    def part_of(self, name: str) -> str:
+        """Return the name of the contained timm model that a tensor is in; empty if it is in none."""
+        return next((part for part in self.timm_parts if name.startswith(f"{part}.")), "")
 
     @property
     def frozen(self) -> tuple[Row, ...]:

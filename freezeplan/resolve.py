@@ -64,17 +64,23 @@ def _view(part: Decided, model: Description) -> Resolution:
     exempt = model.no_decay if plan.weight_decay == "timm" else frozenset()
     wd_mult = {name: plan.rules[index].wd_mult or 0.0 for name, index in winners["wd_mult"].items()}
     reinit = {name: bool(plan.rules[index].reinit) for name, index in winners["reinit"].items()}
+    decays = {
+        tensor.name: plan.layer_decay if index is None else plan.rules[index].layer_decay
+        for tensor in model.tensors
+        if (index := winners["layer_decay"].get(tensor.name)) is not None or plan.layer_decay is not None
+    }
     rows = tuple(
         Row(
             name=tensor.name,
             shape=tensor.shape,
             frozen=tensor.name in frozen,
-            lr_mult=_decayed(plan, model, tensor.name, decided[tensor.name][1]),
+            lr_mult=_decayed(plan, model, tensor.name, decided[tensor.name][1], decays.get(tensor.name)),
             wd_mult=0.0 if tensor.name in exempt else wd_mult.get(tensor.name, 1.0),
             mode=modes[tensor.module],
             reinit=reinit.get(tensor.name, False),
             rule=None if (index := winners["rate"].get(tensor.name)) is None else index + 1,
             aliases=tensor.aliases,
+            layer_decay=decays.get(tensor.name),
         )
         for tensor in model.tensors
     )
@@ -86,12 +92,13 @@ def _view(part: Decided, model: Description) -> Resolution:
         modes=modes,
         uses=uses,
         buffers=tuple(_buffers(model, modes, frozenset(name for name, anew in reinit.items() if anew))),
+        timm_parts={part.name: part.architecture for part in model.parts if part.name},
         hints=tuple(find_hints(plan, model, trained, frozen)),
         random=tuple(
             f"{m.name or model.model}: {m.random}" for m in model.modules if m.random and modes[m.name] == "train"
         ),
-        exponents=model.exponents if plan.layer_decay else {},
-        unplaced=model.unplaced if plan.layer_decay or any(rule.stage for rule in plan.rules) else (),
+        exponents=model.exponents if plan.decays else {},
+        unplaced=model.unplaced if plan.decays or any(rule.stage for rule in plan.rules) else (),
         alive=tuple(
             name
             for name, mode in modes_by_rule.items()
@@ -100,11 +107,11 @@ def _view(part: Decided, model: Description) -> Resolution:
     )
 
 
-def _decayed(plan: Plan, model: Description, name: str, lr_mult: float | None) -> float | None:
+def _decayed(plan: Plan, model: Description, name: str, lr_mult: float | None, decay: float | None) -> float | None:
     """The rate times ``layer_decay`` to the power of the layers behind, by timm's arithmetic."""
-    if lr_mult is None or plan.layer_decay is None:
+    if lr_mult is None or decay is None:
         return lr_mult
-    return lr_mult * max(plan.layer_decay_min_scale or 0.0, plan.layer_decay ** model.exponents[name])
+    return lr_mult * max(plan.layer_decay_min_scale or 0.0, decay ** model.exponents[name])
 
 
 def _buffers(model: Description, modes: Mapping[str, Mode], anew: frozenset[str]) -> Iterator[BufferRow]:

@@ -53,8 +53,11 @@ def select(rule: Rule, model: Description) -> Selection:
     if rule.role:
         tensors &= _with_role(rule.role, model)
     if rule.stage:
-        wanted = set().union(*(stage_numbers(text, model.last_stage) for text in rule.stage))
-        tensors &= {name for name, stage in model.stages.items() if stage in wanted}
+        wanted = {
+            last: set().union(*(stage_numbers(text, last) for text in rule.stage))
+            for last in set(model.last_stages.values())
+        }
+        tensors &= {name for name, stage in model.stages.items() if stage in wanted[model.last_stages[name]]}
     chosen = tuple(tensor.name for tensor in model.tensors if tensor.name in tensors)
     return Selection(chosen, _modules(rule, model, tensors) if rule.settings == ("mode",) else ())
 
