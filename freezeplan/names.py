@@ -9,8 +9,10 @@ tensors. ``module.`` (DDP), ``_orig_mod.`` (compile), ``_fsdp_wrapped_module.``,
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -107,7 +109,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         (model,) = children.values()
 
 
-class Live(NamedTuple):
+@dataclass(frozen=True)
+class Live:
     """The parts of a model by their canonical names, as they were when ``survey`` looked."""
 
     root: nn.Module
@@ -123,6 +126,14 @@ class Live(NamedTuple):
     buffers: dict[str, list[Tensor]]
     """Canonical name -> its persistent buffers. Others are derived from the rest and may be rebuilt."""
 
+    @cached_property
+    def first_name(self) -> Mapping[int, str]:
+        """``id`` of each parameter, of a parametrized one that of its first -> the first of its names, in order."""
+        found: dict[int, str] = {}
+        for name, held in self.parameters.items():
+            found.setdefault(id(held[0]), name)
+        return found
+
 
 def survey(model: nn.Module) -> Live:
     """Look up all parts of a model in one walk; wrappers around it do not count.
@@ -136,14 +147,15 @@ def survey(model: nn.Module) -> Live:
     walked = walk(model)
     special = [name for name, _ in walked if name.rpartition(".")[2] in _SPECIAL]
     own = called_module(walked) if special else frozenset()
+    parameters, buffers = _held(walked)
     if own.issuperset(special):
         return Live(
             model,
             walked,
-            {name: [parameter] for name, parameter in _owned(walked)},
+            {name: [parameter] for name, parameter in parameters},
             {name: [module] for name, module in walked},
             dict(walked),
-            {name: [buffer] for name, buffer in _saved(walked)},
+            {name: [buffer] for name, buffer in buffers},
         )
     inner: dict[str, nn.Module] = {}
     for name, module in walked:
@@ -152,31 +164,29 @@ def survey(model: nn.Module) -> Live:
     return Live(
         model,
         walked,
-        _grouped((canonical(name, own), parameter) for name, parameter in _owned(walked)),
+        _grouped((canonical(name, own), parameter) for name, parameter in parameters),
         _grouped((canonical_module(name, own), module) for name, module in walked),
         inner,
-        _grouped((canonical(name, own), buffer) for name, buffer in _saved(walked)),
+        _grouped((canonical(name, own), buffer) for name, buffer in buffers),
     )
 
 
-def _owned(walked: Sequence[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of what ``walk`` found, under all of their names."""
+def _held(
+    walked: Sequence[tuple[str, nn.Module]],
+) -> tuple[list[tuple[str, nn.Parameter]], list[tuple[str, Tensor]]]:
+    """The parameters and the persistent buffers of what ``walk`` found, under all of their names."""
+    parameters, buffers = [], []
     for name, module in walked:
-        if parameters := module._parameters:
+        if module._parameters or module._buffers:
             below = f"{name}." if name else ""
-            for key, parameter in parameters.items():
-                if parameter is not None:
-                    yield below + key, parameter
-
-
-def _saved(walked: Sequence[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor]]:
-    """The persistent buffers of what ``walk`` found, under all of their names."""
-    for name, module in walked:
-        if buffers := module._buffers:
-            below = f"{name}." if name else ""
-            for key, buffer in buffers.items():
-                if buffer is not None and key not in module._non_persistent_buffers_set:
-                    yield below + key, buffer
+            parameters += [(below + key, found) for key, found in module._parameters.items() if found is not None]
+            derived = module._non_persistent_buffers_set
+            buffers += [
+                (below + key, found)
+                for key, found in module._buffers.items()
+                if found is not None and key not in derived
+            ]
+    return parameters, buffers
 
 
 def parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -189,9 +189,8 @@ def read(live: names.Live, *, depth: bool = True) -> Facts:
         ModelError: If a ``group_matcher`` that is not timm's raises.
     """
     model = live.root
-    first_name = {id(found[0]): name for name, found in reversed(live.parameters.items())}
-    tensors = {name: first_name[id(found[0])] for name, found in live.parameters.items()}
-    ordered = tuple(name for name, first in tensors.items() if first == name)
+    tensors = {name: live.first_name[id(held[0])] for name, held in live.parameters.items()}
+    ordered = tuple(live.first_name.values())
     head = find_classifier(live)
     virtual = () if head else tuple(f"{name}.weight" for name in _entries(model, "classifier"))
     found, layers, last, unplaced = _depth(live, ordered, head, virtual) if depth else ({}, {}, 0, frozenset())
@@ -226,7 +225,7 @@ def find_classifier(live: names.Live) -> frozenset[str]:
     """Return the tensors of what a model's ``get_classifier()`` gives, and of what its settings call classifier.
 
     volo's ``aux_head`` is in no ``get_classifier``. Where that raises, because a head was replaced, the module that
-    stands in its place counts. Of a head that PEFT wraps, the copy that it trains.
+    stands in its place counts.
 
     Args:
         live: The model as it was looked up.
@@ -244,9 +243,8 @@ def find_classifier(live: names.Live) -> frozenset[str]:
                 raise ModelError(f"{type(model).__name__}.get_classifier() raised {error!r}") from error
             configured = tuple(_existing(name, live.inner) for name in configured)
     heads += (live.inner[name] for name in configured if name in live.inner)
-    wanted = {id(parameter) for head in heads for parameter in head.parameters()}
-    found = {id(held[0]): name for name, held in reversed(live.parameters.items()) if id(held[0]) in wanted}
-    return frozenset(found.values()) - superseded(live)
+    found = (live.first_name.get(id(parameter)) for head in heads for parameter in head.parameters())
+    return frozenset(name for name in found if name is not None)
 
 
 def _existing(name: str, modules: Container[str]) -> str:
@@ -261,7 +259,7 @@ def superseded(live: names.Live) -> frozenset[str]:
     kept = tuple(
         f"{name}.original_module.".lstrip(".")
         for name, module in live.inner.items()
-        if "modules_to_save" in module._modules and "original_module" in module._modules
+        if "original_module" in module._modules and "modules_to_save" in module._modules
     )
     return frozenset(name for name in live.parameters if name.startswith(kept)) if kept else frozenset()
 
@@ -321,14 +319,14 @@ def _depth(
     model, heads = live.root, head.union(virtual)
     coarse, fine = _groups(model, ordered, coarse=True), _groups(model, (*ordered, *virtual), coarse=False)
     left_out = frozenset(name for name in ordered if fine and fine[name] == fine[_Named.unknown])
-    if coarse and not _single_layers(coarse):
+    place: dict[int, int] = {}
+    order = {name: place.setdefault(id(module), len(place)) for name, module in live.inner.items()}
+    tapped = (str(tap["module"]) for tap in getattr(model, "feature_info", ()) or ())
+    taps = [tap for tap in tapped if tap in order]  # mobilenetv5_300m_enc taps a bn1 that it does not have
+    if coarse and not (taps and _single_layers(coarse)):
         unmatched = frozenset(name for name in ordered if coarse[name] == coarse[_Named.unknown])
         found = stages.by_groups({name: coarse[name] for name in ordered}, unmatched, heads)
     else:
-        place: dict[int, int] = {}
-        order = {name: place.setdefault(id(module), len(place)) for name, module in live.inner.items()}
-        tapped = (str(tap["module"]) for tap in getattr(model, "feature_info", ()) or ())
-        taps = [tap for tap in tapped if tap in order]  # mobilenetv5_300m_enc taps a bn1 that it does not have
         found = stages.by_features(ordered, order, taps, first_conv(model), heads)
     if fine:
         layers = {name: fine[name] for name in ordered}

@@ -14,7 +14,7 @@ from torch import nn
 
 from freezeplan import names
 from freezeplan.create import create_model, model_names, version
-from freezeplan.description import Buffer, Description, Module, Part, Tensor, prefixes
+from freezeplan.description import Buffer, Description, Module, Part, Tensor
 from freezeplan.plan import ROLES
 from freezeplan.timm_facts import (
     Facts,
@@ -56,7 +56,12 @@ class _Placed:
     def present(self, role: str) -> frozenset[str]:
         """The tensors that have a role in the architecture: those of one of the sets of ``Facts``."""
         wanted: frozenset[str] = getattr(self.facts, role, frozenset())
-        return frozenset(name for name, there in self.tensors.items() if there in wanted) if wanted else wanted
+        return frozenset(self._here[there] for there in wanted if there in self._here)
+
+    @cached_property
+    def _here(self) -> Mapping[str | None, str]:
+        """Name in the architecture -> tensor of the model."""
+        return {there: name for name, there in self.tensors.items()}
 
     @cached_property
     def unplaced(self) -> frozenset[str]:
@@ -91,26 +96,28 @@ def describe(found: nn.Module | names.Live, *, asked: Collection[str] | None = N
     live = found if isinstance(found, names.Live) else names.survey(found)
     model = live.root
     asked = frozenset((*ROLES, "stage", "layer_decay")) if asked is None else frozenset(asked)
-    first_name, aliases = _first_names((name, found[0]) for name, found in live.parameters.items())
+    tied = len(live.first_name) < len(live.parameters)
+    aliases = _first_names((name, held[0]) for name, held in live.parameters.items())[1] if tied else {}
     tensors = tuple(
         Tensor(name, _shape(live.parameters[name]), names.owner(name), aliases.get(name, ()))
-        for name in first_name.values()
+        for name in live.first_name.values()
     )
     ordered = tuple(tensor.name for tensor in tensors)
     depth = not asked.isdisjoint(("stem", "stage", "layer_decay"))
-    parts = _place(live, tensors, depth=depth)
+    parts = _place(live, depth=depth)
     outside = frozenset(ordered).difference(*(placed.tensors for placed in parts))
     own_classifiers = frozenset().union(*(placed.present("head") for placed in parts))
     unread = superseded(live)
-    head = find_classifier(live) if hasattr(type(model), "get_classifier") else own_classifiers
-    if parts and not hasattr(type(model), "get_classifier"):
-        head |= outside - unread
+    if hasattr(type(model), "get_classifier") and (not parts or parts[0].part.name):
+        head = find_classifier(live) - unread
+    else:
+        head = own_classifiers.union(outside if parts else ()) - unread
     listed = _listed(live, parts, outside)
     found_stages = dict(_stages(parts))
     find: dict[str, Callable[[], Iterable[str]]] = {
         "head": lambda: head,
         "body": lambda: head.symmetric_difference(ordered),
-        "norm": lambda: _norms(live.inner, first_name),
+        "norm": lambda: _norms(live.inner, live.first_name),
         "bias": lambda: (name for name in ordered if _BIAS.fullmatch(name.rpartition(".")[2])),
         "no_weight_decay": lambda: listed,
         "pos_embed": lambda: _positions(parts),
@@ -124,7 +131,7 @@ def describe(found: nn.Module | names.Live, *, asked: Collection[str] | None = N
         unknown=_unknown(live, parts, head),
         stages=found_stages,
         exponents=dict.fromkeys(outside if parts and depth else (), 0) | dict(_exponents(parts, bool(outside))),
-        unplaced=tuple(name for name in ordered if any(name in placed.unplaced for placed in parts)),
+        unplaced=tuple(filter(frozenset().union(*(placed.unplaced for placed in parts)).__contains__, ordered)),
         no_decay=frozenset(_no_decay(tensors, listed)),
         beside_head=frozenset().union(*(placed.present("beside_head") for placed in parts)) - head,
         buffers=tuple(_buffers(live)),
@@ -133,22 +140,21 @@ def describe(found: nn.Module | names.Live, *, asked: Collection[str] | None = N
     )
 
 
-def _place(live: names.Live, tensors: Iterable[Tensor], *, depth: bool) -> tuple[_Placed, ...]:
-    """Find the parts, read what timm knows of them, and say which tensors are whose: those of a part's first name."""
-    parts = {part.name: part for part in find_parts(live)}
-    facts = {
-        name: read_part(part, names.survey(part.module) if name else live, depth=depth) for name, part in parts.items()
-    }
-    found: dict[str, dict[str, str | None]] = {name: {} for name in parts}
-    for tensor in tensors if parts else ():
-        inside = ((above, name) for name in tensor.names for above in ("", *prefixes(name)) if above in parts)
-        above, name = next(inside, (None, ""))
-        if above is None:
-            continue
-        known = facts[above]
-        there = known and parts[above].in_source(name[len(above) + 1 :] if above else name, known.tensors)
-        found[above][tensor.name] = known.tensors[there] if known and there else None
-    return tuple(_Placed(part, facts[name], found[name]) for name, part in parts.items())
+def _place(live: names.Live, *, depth: bool) -> tuple[_Placed, ...]:
+    """Find the parts, read what timm knows of them, and say which tensors are whose: of several the first part's."""
+    found: list[_Placed] = []
+    for part in find_parts(live):
+        inside = names.survey(part.module) if part.name else live
+        facts = read_part(part, inside, depth=depth)
+        tensors: dict[str, str | None] = {live.first_name[i]: name for i, name in inside.first_name.items()}
+        if part.is_cut:
+            known = facts.tensors if facts else {}
+            there = {first: part.in_source(name or "", known) for first, name in tensors.items()}
+            tensors = {first: name and known[name] for first, name in there.items()}
+        for earlier in found:
+            tensors = {first: name for first, name in tensors.items() if first not in earlier.tensors}
+        found.append(_Placed(part, facts, tensors))
+    return tuple(found)
 
 
 def _stages(parts: Iterable[_Placed]) -> Iterator[tuple[str, int]]:

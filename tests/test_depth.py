@@ -179,9 +179,10 @@ def test_depth_of_what_is_not_timms_is_not_known() -> None:
 
     assert str(error.value) == (
         "ResNet is no timm model and holds none, so its stages are not known; select with match or type\n\n"
-        "role stem is not known: ResNet is no timm model and holds none, so its stem is not known; select with match or type\n\n"
-        "role no_weight_decay is not known: ResNet is no timm model and holds none, so its list of tensors without weight decay is "
-        "not known; select with match or type"
+        "role stem is not known: ResNet is no timm model and holds none, so its stem is not known; select with match "
+        "or type\n\n"
+        "role no_weight_decay is not known: ResNet is no timm model and holds none, so its list of tensors without "
+        "weight decay is not known; select with match or type"
     )
     assert len(frozen_by(model, {"type": "BatchNorm2d", "frozen": True})) == 40
 
