@@ -54,14 +54,6 @@ class Module(NamedTuple):
         return (self.name, *self.aliases)
 
 
-class Buffer(NamedTuple):
-    """One persistent buffer."""
-
-    name: str
-    module: str
-    """Name of the module that owns it; of one that a parametrization made, of the module that it belongs to."""
-
-
 class Part(NamedTuple):
     """An outermost timm model in the model; a whole timm model is the part with the empty name."""
 
@@ -107,8 +99,8 @@ class Description:
     """Tensors without weight decay by timm's rule: one dimension or none, biases, ``no_weight_decay()``."""
     beside_head: frozenset[str] = frozenset()
     """Tensors that stand in the module that holds the classifier, or in ``pre_logits``, and are not the classifier."""
-    buffers: tuple[Buffer, ...] = ()
-    """The persistent buffers, in the model's order."""
+    buffers: Mapping[str, str] = field(default_factory=dict)
+    """Persistent buffer -> the module that owns it; of one that a parametrization made, the one that it belongs to."""
     parts: tuple[Part, ...] = ()
     """The parts that are timm's, in the model's order; what is in none of them is outside."""
     unread: frozenset[str] = frozenset()

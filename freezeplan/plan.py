@@ -202,13 +202,14 @@ class Rule(_Data):
     """Regular expression that must match the whole class name of a module, its own or a base's; it takes that module
     and all below. A list means any of them."""
     role: Annotated[tuple[Role, ...], *_roles] | None = None
-    """What timm knows of the architecture: ``head`` (the classifier), ``stem`` (stage 0), ``body`` (all but the head),
-    ``norm`` (normalisation layers), ``bias``, ``pos_embed`` (position embeddings and the position biases of attention,
-    absolute and relative: learned tensors, and the convolutions and small networks that make them),
-    ``no_weight_decay`` (what timm's method of that name lists). A list means any of them."""
+    """What timm knows of the architecture: ``head`` (the classifier; in a model that contains timm models all that is
+    in none of them too), ``stem`` (stage 0), ``body`` (all but the head), ``norm`` (normalisation layers), ``bias``,
+    ``pos_embed`` (position embeddings and the position biases of attention, absolute and relative: learned tensors, and
+    the convolutions and small networks that make them), ``no_weight_decay`` (what timm's method of that name lists). A
+    list means any of them."""
     stage: Annotated[tuple[Annotated[str, BeforeValidator(_check_stage)], ...], *_stages] | None = None
-    """Depth: 0 is the stem, stages count from 1, -1 is the last one; an integer or a range with both ends included:
-    ``2``, ``1..3``, ``..2``, ``3..``. A list means any of them."""
+    """Depth: 0 is the stem, stages count from 1, -1 is the last one, in each timm model by itself; an integer or a
+    range with both ends included: ``2``, ``1..3``, ``..2``, ``3..``. A list means any of them."""
     frozen: Frozen | None = None
     """True: no gradient, in no optimizer group, statistics and randomness stand still. Not together with lr_mult."""
     lr_mult: Multiplier | None = None

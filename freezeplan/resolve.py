@@ -116,11 +116,11 @@ def _decayed(plan: Plan, model: Description, name: str, lr_mult: float | None, d
 
 def _buffers(model: Description, modes: Mapping[str, Mode], anew: frozenset[str]) -> Iterator[BufferRow]:
     """Every buffer; with the tensors that start anew do those that belong to them alone."""
-    for buffer in model.buffers:
-        module = buffer.module if anew else ""
+    for name, owner in model.buffers.items():
+        module = owner if anew else ""
         while module and not model.below[module]:
             module = module.rpartition(".")[0]
-        yield BufferRow(buffer.name, modes[buffer.module] == "eval", bool(module) and model.below[module] <= anew)
+        yield BufferRow(name, modes[owner] == "eval", bool(module) and model.below[module] <= anew)
 
 
 def _check_lasting(plan: Plan, parts: Sequence[Resolution]) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from freezeplan import names
 from freezeplan.create import create_model, model_names, version
-from freezeplan.description import Buffer, Description, Module, Part, Tensor
+from freezeplan.description import Description, Module, Part, Tensor
 from freezeplan.plan import ROLES
 from freezeplan.timm_facts import (
     Facts,
@@ -134,7 +134,7 @@ def describe(found: nn.Module | names.Live, *, asked: Collection[str] | None = N
         unplaced=tuple(filter(frozenset().union(*(placed.unplaced for placed in parts)).__contains__, ordered)),
         no_decay=frozenset(_no_decay(tensors, listed)),
         beside_head=frozenset().union(*(placed.present("beside_head") for placed in parts)) - head,
-        buffers=tuple(_buffers(live)),
+        buffers=dict(_owners(live)),
         parts=tuple(placed.described for placed in parts),
         unread=unread,
     )
@@ -250,12 +250,13 @@ def _modules(inner: Mapping[str, nn.Module]) -> Iterator[Module]:
         yield Module(name, _types(cls), aliases.get(name, ()), _random(module, cls), caches)
 
 
-def _buffers(live: names.Live) -> Iterator[Buffer]:
+def _owners(live: names.Live) -> Iterator[tuple[str, str]]:
+    """The persistent buffers, each with the described module that it belongs to."""
     for name in live.buffers:
-        module = names.owner(name)
+        module = name.rpartition(".")[0]
         while module not in live.inner:
-            module = names.owner(module)
-        yield Buffer(name, module)
+            module = module.rpartition(".")[0]
+        yield name, module
 
 
 def _first_names(named: Iterable[tuple[str, object]]) -> tuple[dict[int, str], dict[str, tuple[str, ...]]]:
