@@ -218,6 +218,7 @@ rules:
   - {role: [head, bias], lr_mult: 1, reinit: false}        # a list means any
   - {match: pos_embed, lr_mult: 0.1, optional: true}       # only some models have it
   - {stage: ..2, frozen: true}
+  - {match: layer4, layer_decay: 0.9}                      # multiplied into the rate that another rule gives
   - {match: .*, lr_mult: 0.1}
 """,
     Rate: """\

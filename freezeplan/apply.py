@@ -7,7 +7,6 @@ swapped and no hook is registered: hooks on a subtree are passed by when a model
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from freezeplan import names, zoo
-from freezeplan.description import prefixes
+from freezeplan import names
+from freezeplan.create import fresh_values
 from freezeplan.errors import ApplyError, ModelError
 from freezeplan.resolution import Group, Resolution
 from freezeplan.sharded import put
@@ -115,12 +114,11 @@ def remember(live: names.Live) -> Before:
     )
 
 
-def restore(model: nn.Module, before: Before) -> None:
+def restore(live: names.Live, before: Before) -> None:
     """Set flags and modes as they were, take pins away and clear gradients. Values stay as they are.
 
     What was added to the model in the meantime keeps its own flags.
     """
-    live = names.survey(model)
     unpin(live)
     for name, parameters in live.parameters.items():
         for parameter, flag in zip(parameters, before.requires_grad.get(name, ()), strict=False):
@@ -305,14 +303,14 @@ def _lookup(live: Mapping[str, list[nn.Parameter]], name: str) -> list[nn.Parame
 
 
 @torch.no_grad()
-def reinitialise(model: nn.Module, resolution: Resolution, seed: int) -> None:
+def reinitialise(live: names.Live, resolution: Resolution, seed: int) -> None:
     """Give what the plan says ``reinit`` the values of a freshly created model, and its modules' buffers with it.
 
-    timm models are created anew (``freezeplan.zoo.fresh``). Other models need ``reset_parameters`` on every module
-    concerned, and all of its parameters must be asked for.
+    What is timm's is created anew (``freezeplan.create.fresh_values``). Other modules need ``reset_parameters``, and
+    all of their parameters must be asked for.
 
     Args:
-        model: Changed in place.
+        live: The model as it was looked up; changed in place.
         resolution: Says what.
         seed: Seed; the caller's random state is not touched.
 
@@ -322,72 +320,20 @@ def reinitialise(model: nn.Module, resolution: Resolution, seed: int) -> None:
     wanted = {row.name for row in resolution.rows if row.reinit}
     if not wanted:
         return
-    model = names.unwrap(model)
-    source = zoo.fresh(model, seed) if zoo.is_timm(model) else _reset(model, wanted, seed)
-    new, old = names.parameters(source), names.parameters(model)
+    old = live.parameters
+    new, buffers = fresh_values(live, wanted, seed)
     for name in sorted(wanted):
         fits = name in new and [p.shape for p in new[name]] == [p.shape for p in old[name]]
         if not fits:
             fresh = [tuple(p.shape) for p in new[name]] if name in new else "nothing of that name"
             here = [tuple(p.shape) for p in old[name]]
             raise ModelError(
-                f"cannot reinit {name!r}: a fresh {zoo.title(model)} has {fresh}, this model {here}",
+                f"cannot reinit {name!r}: a fresh {resolution.model} has {fresh}, this model {here}",
                 notes=["the model was changed after it was created; say reinit: false for what was changed"],
             )
     for name in sorted(wanted):  # sharded tensors want one order in all processes
         for target, value in zip(old[name], new[name], strict=True):
             put(target, value)
-    anew, live = names.buffers(source), names.buffers(model)
-    for name in sorted(started_anew(model, resolution) & live.keys() & anew.keys()):
-        for buffer, value_anew in zip(live[name], anew[name], strict=True):
+    for name in sorted(row.name for row in resolution.buffers if row.reinit and row.name in buffers):
+        for buffer, value_anew in zip(live.buffers[name], buffers[name], strict=True):
             buffer.copy_(value_anew)
-
-
-def started_anew(model: nn.Module, resolution: Resolution) -> set[str]:
-    """Return the names of what ``reinit`` gives new values: parameters, and the buffers that start anew with them.
-
-    A buffer does where all parameters of its module do, or of the nearest module above that has any.
-    """
-    wanted = {row.name for row in resolution.rows if row.reinit}
-    below = _rows_below(resolution) if wanted else {}
-    found = set(wanted)
-    for name in names.buffers(model) if wanted else ():
-        module = names.owner(name)
-        while module and module not in below:
-            module = names.owner(module)
-        if module in below and below[module] <= wanted:
-            found.add(name)
-    return found
-
-
-def _rows_below(resolution: Resolution) -> dict[str, set[str]]:
-    """Module name -> names of the tensors below it, for modules that have any."""
-    below: dict[str, set[str]] = {}
-    for row in resolution.rows:
-        for name in (row.name, *row.aliases):
-            for module in ("", *prefixes(name)):
-                below.setdefault(module, set()).add(row.name)
-    return below
-
-
-def _reset(model: nn.Module, wanted: set[str], seed: int) -> nn.Module:
-    """A copy of a model that is not timm's, with the modules concerned initialised by their ``reset_parameters``."""
-    fresh = copy.deepcopy(model)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for name, found in names.modules(fresh).items():
-            own = {f"{name}.{key}" if name else key for key, _ in found[-1].named_parameters(recurse=False)}
-            if not own & wanted:
-                continue
-            if not own <= wanted or not hasattr(found[-1], "reset_parameters"):
-                raise ModelError(
-                    f"cannot reinit {min(own & wanted)!r}: "
-                    + (
-                        f"{type(found[-1]).__name__} has no reset_parameters"
-                        if own <= wanted
-                        else f"reset_parameters would also change {min(own - wanted)!r}"
-                    ),
-                    notes=["for models that are not timm's, reinit works on whole modules that have reset_parameters"],
-                )
-            found[-1].reset_parameters()  # type: ignore[operator]
-    return fresh

@@ -80,15 +80,16 @@ def save(model: nn.Module, resolution: Resolution, phase: str, path: str | Path)
         OutputError: If it cannot be written.
     """
     live = tensors_of(model)
-    anew = apply.started_anew(model, resolution)
+    anew = {row.name for row in resolution.rows if row.reinit}
+    anew |= {buffer.name for buffer in resolution.buffers if buffer.reinit}
     still = {key for key, _ in _numbered(pair for pair in seal.still(model, resolution) if pair[0] not in anew)}
     held = {key: seal.digest([tensor]) for key, tensor in live.items() if key in still}
     header = {
         "format": _FORMAT,
         "plan": json.dumps(resolution.plan.model_dump(mode="json", exclude_defaults=True)),
         "phase": phase,
-        "model": zoo.title(model),
-        "timm": zoo.timm_version(model),
+        "model": resolution.subject,
+        "timm": zoo.version() if resolution.timm_parts else zoo.timm_version(model),
         "base": _content_hash(held),
         "held": json.dumps(held),
     }

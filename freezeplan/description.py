@@ -54,6 +54,20 @@ class Module(NamedTuple):
         return (self.name, *self.aliases)
 
 
+class Part(NamedTuple):
+    """An outermost timm model in the model; a whole timm model is the part with the empty name."""
+
+    name: str
+    """Name of the module."""
+    architecture: str
+    """Timm's name of it, or the class."""
+    tensors: frozenset[str]
+    classifier: frozenset[str] = frozenset()
+    """The tensors of a classifier of its own."""
+    usual: int = 0
+    """Elements of the classifier that the architecture has by default; 0 if that is not known."""
+
+
 @dataclass(frozen=True)
 class Description:
     """All that a plan can ask of a model.
@@ -83,6 +97,14 @@ class Description:
     """Tensors that timm's matcher leaves out, the classifier's excepted; they have the stage of the tensor ahead."""
     no_decay: frozenset[str] = frozenset()
     """Tensors without weight decay by timm's rule: one dimension or none, biases, ``no_weight_decay()``."""
+    beside_head: frozenset[str] = frozenset()
+    """Tensors that stand in the module that holds the classifier, or in ``pre_logits``, and are not the classifier."""
+    buffers: Mapping[str, str] = field(default_factory=dict)
+    """Persistent buffer -> the module that owns it; of one that a parametrization made, the one that it belongs to."""
+    parts: tuple[Part, ...] = ()
+    """The parts that are timm's, in the model's order; what is in none of them is outside."""
+    unread: frozenset[str] = frozenset()
+    """Tensors that PEFT keeps beside the copy that it trains (``modules_to_save``); no forward pass reads them."""
 
     @cached_property
     def own(self) -> Mapping[str, tuple[str, ...]]:
@@ -104,8 +126,18 @@ class Description:
 
     @cached_property
     def last_stage(self) -> int:
-        """Number of the last stage, which is the number of stages without the stem."""
+        """Number of the last stage, which is the number of stages without the stem; of parts, that of the deepest."""
         return max(self.stages.values(), default=0)
+
+    @cached_property
+    def last_stages(self) -> Mapping[str, int]:
+        """Tensor with a stage -> number of the last stage of the part that it is in."""
+        last = {
+            name: max((self.stages[inside] for inside in part.tensors if inside in self.stages), default=0)
+            for part in self.parts
+            for name in part.tensors
+        }
+        return {name: last.get(name, self.last_stage) for name in self.stages}
 
     @cached_property
     def top(self) -> Mapping[str, int]:

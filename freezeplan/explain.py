@@ -19,11 +19,12 @@ def explain(resolution: Resolution, name: str, lr: float | None = None) -> dict[
         lr: The base learning rate; with it each phase has the tensor's ``lr``, None where it is frozen.
 
     Returns:
-        ``name``, ``shape``, ``group`` (None if frozen throughout) and ``phases``: for each one its name, ``frozen``,
-        ``lr_mult``, ``wd_mult``, ``mode``, ``reinit``, ``unplaced`` (where the plan speaks of depth: whether timm's
-        matcher leaves the tensor out), and ``rules``: every rule that matches, in order, with its number, text, place,
-        and the settings that it ``decides`` here. Under a plan with ``layer_decay`` what is trained has ``decay`` too:
-        the rule's own ``lr_mult``, and ``layer_decay``, its ``exponent`` and ``min_scale``.
+        ``name``, ``aliases``, ``shape``, ``part`` (the contained timm model that it is in, such as
+        ``encoder: resnet18``; empty if none), ``group`` (None if frozen throughout) and ``phases``: for each one its
+        name, ``frozen``, ``lr_mult``, ``wd_mult``, ``mode``, ``reinit``, ``unplaced`` (where the plan speaks of depth:
+        whether timm's matcher leaves the tensor out), and ``rules``: every rule that matches, in order, with its
+        number, text, place, and the settings that it ``decides`` here. Where ``layer_decay`` decides, what is trained
+        has ``decay`` too: the rule's own ``lr_mult``, and ``layer_decay``, its ``exponent`` and ``min_scale``.
 
     Raises:
         ModelError: If the model has no such tensor, with the nearest names; or if it is a module, with its tensors.
@@ -45,11 +46,13 @@ def explain(resolution: Resolution, name: str, lr: float | None = None) -> dict[
             )
         raise ModelError(f"{resolution.model} has no parameter {name!r}", notes=did_you_mean(name, rows))
     first = rows[name].name
+    part = resolution.part_of(first)
     group = next((group.name for group in resolution.groups if first in group.tensors), None)
     return {
         "name": first,
         "aliases": list(rows[name].aliases),
         "shape": list(rows[name].shape),
+        "part": f"{part}: {resolution.timm_parts[part]}" if part else "",
         "group": group,
         "phases": [_in_phase(part, first, lr) for part in resolution.parts],
     }
@@ -75,12 +78,12 @@ def _decay(part: Resolution, row: Row) -> dict[str, Any]:
     """How a trained tensor's rate came about where ``layer_decay`` has a part in it; empty elsewhere."""
     plan = part.plan
     rate = plan.default if row.rule is None else plan.rules[row.rule - 1]
-    if row.frozen or plan.layer_decay is None or rate is None:
+    if row.frozen or row.layer_decay is None or rate is None:
         return {}
     return {
         "decay": {
             "lr_mult": rate.lr_mult,
-            "layer_decay": plan.layer_decay,
+            "layer_decay": row.layer_decay,
             "exponent": part.exponents[row.name],
             "min_scale": plan.layer_decay_min_scale or 0.0,
         }

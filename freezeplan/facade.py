@@ -51,7 +51,7 @@ def resolve_plan(plan: PlanLike, model: nn.Module) -> Resolution:
 
     Args:
         plan: A Plan, a dict, a path or a preset's name.
-        model: Any module, also on the meta device; the role ``head`` needs a timm model.
+        model: Any module, also on the meta device; roles and stages need timm models, itself or inside of it.
 
     Returns:
         For each tensor its rate, decay, mode and the rule that decided; each rule's counts; hints.
@@ -66,7 +66,7 @@ def resolve_plan(plan: PlanLike, model: nn.Module) -> Resolution:
         (26, 14714688)
     """
     loaded = load_plan(plan)
-    return resolve(loaded, zoo.describe(model, asked=loaded.asks))
+    return resolve(loaded, zoo.describe(names.survey(model), asked=loaded.asks))
 
 
 def apply_plan(
@@ -87,7 +87,7 @@ def apply_plan(
     still; what says ``reinit`` gets new values. No module is swapped and nothing is hashed or copied.
 
     Args:
-        model: Any module; the role ``head`` needs a timm model.
+        model: Any module; roles and stages need timm models, itself or inside of it.
         plan: A Plan, a dict, a path or a preset's name.
         lr: Base learning rate, in the optimizer's units, greater than 0. None: the groups carry no ``lr``; right where
             every multiplier is 1 or with ``scheduler="timm"``.
@@ -128,27 +128,32 @@ def apply_plan(
     _check_number("weight_decay", weight_decay, zero=True)
     if scheduler not in ("torch", "timm", "any"):
         raise ApplyError(f"scheduler is 'torch', 'timm' or 'any', found {scheduler!r}")
-    inner = names.unwrap(model)
-    loaded, live = load_plan(plan), names.survey(inner)
-    resolution = resolve(loaded, zoo.describe(inner, live=live, asked=loaded.asks))
-    other = applied(inner)
+    loaded, live = load_plan(plan), names.survey(model)
+    resolution = resolve(loaded, zoo.describe(live, asked=loaded.asks))
+    other = applied(live.root)
     if other is not None and not replace:
         raise ApplyError(
             f"the plan {other.plan.title!r} is live on this model",
             notes=["undo() it first, or apply_plan(..., replace=True)"],
         )
-    _check_alone(inner, live)
+    _check_alone(live)
     apply.check_groups(resolution, lr=lr, weight_decay=weight_decay, scheduler=scheduler)
     phases.phase_at(resolution.plan.phases, phases.Progress(), epochs)
-    apply.reinitialise(inner, resolution, torch.initial_seed())
+    apply.reinitialise(live, resolution, torch.initial_seed())
     if other is not None:
         other.undo()
     handle = AppliedPlan(
-        inner, resolution, apply.remember(live), lr=lr, weight_decay=weight_decay, scheduler=scheduler, epochs=epochs
+        live.root,
+        resolution,
+        apply.remember(live),
+        lr=lr,
+        weight_decay=weight_decay,
+        scheduler=scheduler,
+        epochs=epochs,
     )
     handle._guarded = guard
     apply.enter(live, resolution)
-    inner.__dict__[_ATTRIBUTE] = handle
+    live.root.__dict__[_ATTRIBUTE] = handle
     _LIVE.add(handle)
     handle._guard_steps(itertools.chain(*live.parameters.values()))
     for use in resolution.weak:
@@ -686,7 +691,7 @@ class AppliedPlan:
                 self._steps.remove()
                 self._steps = None
             self._unseal()
-            apply.restore(self.model, self._before)
+            apply.restore(names.survey(self.model), self._before)
             del self.model.__dict__[_ATTRIBUTE]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -722,14 +727,14 @@ class AppliedPlan:
             raise ApplyError(f"the plan {self.plan.title!r} is no longer live on this model: it was undone or replaced")
 
 
-def _check_alone(model: nn.Module, live: names.Live) -> None:
+def _check_alone(live: names.Live) -> None:
     """Refuse a plan beside one that is live on other modules than these, some of which are the same."""
     if not _LIVE:
         return
     mine = {id(module): name for name, module in reversed(live.walked)}
-    if _overlap(model, mine):
+    if _overlap(live.root, mine):
         gc.collect()  # a plan on a model that nobody holds any more could not be undone by anybody
-    found = _overlap(model, mine)
+    found = _overlap(live.root, mine)
     if found:
         raise ApplyError(found, notes=["undo() it first: each of the two would undo the other's flags and modes"])
 

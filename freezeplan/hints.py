@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterator, Mapping
 from freezeplan.description import Description, prefixes
 from freezeplan.plan import Plan
 from freezeplan.select import escaped, match_tensors, match_types
-from freezeplan.stages import beside_head
 
 _TINY = 0.01
 _CONTAINERS = frozenset({"Sequential", "ModuleList", "ModuleDict"})
@@ -37,6 +36,10 @@ def find_hints(
         *_bare_dots(plan, model),
         *_containers(plan, model),
         *_head_alone(plan, model, frozen),
+        *_head_outside(plan, model, lr_mult),
+        *_own_classifiers(model, lr_mult),
+        *_unread(model, lr_mult),
+        *_stem_left_out(plan, model, lr_mult),
     )
 
 
@@ -82,7 +85,7 @@ def _head_alone(plan: Plan, model: Description, frozen: Collection[str]) -> Iter
     if not any(rule.role and "head" in rule.role for rule in plan.rules):
         return
     head = model.roles["head"]
-    beside = beside_head((tensor.name for tensor in model.tensors if tensor.name in frozen), head)
+    beside = model.beside_head.intersection(frozen)
     left = [tensor for tensor in model.tensors if tensor.name in beside and len(tensor.shape) > 1]
     if left:
         holders = {above for name in head for above in prefixes(name)}
@@ -93,3 +96,60 @@ def _head_alone(plan: Plan, model: Description, frozen: Collection[str]) -> Iter
             "role: head is the classifier alone; layers between the last stage and it stay frozen, such as "
             f"{left[0].name!r}: to train them too, add {{match: {match}, lr_mult: 1}}"
         )
+
+
+def _head_outside(plan: Plan, model: Description, trained: Collection[str]) -> Iterator[str]:
+    """Where ``role: head`` trains more outside of timm's parts than classifiers of their own would be."""
+    if not model.parts or not any(rule.role and "head" in rule.role for rule in plan.rules):
+        return
+    inside = frozenset().union(*(part.tensors for part in model.parts))
+    head = model.roles["head"].intersection(trained) - inside
+    left = [tensor for tensor in model.tensors if tensor.name in head]
+    if sum(tensor.elements for tensor in left) <= sum(part.usual for part in model.parts):
+        return
+    sizes: dict[str, int] = {}
+    for tensor in left:
+        top = tensor.name.partition(".")[0]
+        sizes[top] = sizes.get(top, 0) + tensor.elements
+    largest = sorted(sizes, key=lambda top: -sizes[top])
+    shown = ", ".join(f"{top} ({sizes[top]:,})" for top in largest[:5]) + (", ..." if largest[5:] else "")
+    yield (
+        f"role: head is all that is in no timm model, {len(left)} tensors, and is trained: {shown}; to freeze some of "
+        f"it, put {{match: {largest[0]}, frozen: true}} above"
+    )
+
+
+def _own_classifiers(model: Description, trained: Collection[str]) -> Iterator[str]:
+    """Classifiers that a contained timm model brought along, where the model has layers behind it."""
+    for part in model.parts:
+        own = sorted(part.classifier.intersection(trained))
+        if own and part.name and len(model.tensors) > sum(len(found.tensors) for found in model.parts):
+            yield (
+                f"{own[0]!r} belongs to {part.name}'s own classifier ({part.architecture}) and is trained; if nothing "
+                "reads it, it gets no gradient: create that model with num_classes=0"
+            )
+
+
+def _unread(model: Description, trained: Collection[str]) -> Iterator[str]:
+    left = sorted(model.unread.intersection(trained))
+    if left:
+        yield (
+            f"{len(left)} tensors such as {left[0]!r} are trained, and nothing reads them: PEFT trains the copy in "
+            "modules_to_save; put {match: '.*original_module', frozen: true} above"
+        )
+
+
+def _stem_left_out(plan: Plan, model: Description, trained: Collection[str]) -> Iterator[str]:
+    """Where a plan freezes the first stages by number and trains the stem ahead of them."""
+    if not any(rule.stage and rule.frozen for rule in plan.rules):
+        return
+    for part in model.parts:
+        places = {name: stage for name, stage in model.stages.items() if stage < 2 and name in part.tensors}
+        stem = [name for name, stage in places.items() if stage == 0]
+        first = [name for name, stage in places.items() if stage == 1]
+        if stem and first and not any(name in trained for name in first) and all(name in trained for name in stem):
+            named = f" of {part.name}" if part.name else ""
+            yield (
+                f"stage 1{named} is frozen and the stem ahead of it is trained, such as {stem[0]!r}: to freeze both, "
+                "write the stages as ..1 and not as 1"
+            )

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from freezeplan.create import timm_model
 from freezeplan.errors import FreezePlanWarning, ModelError
-from freezeplan.zoo import timm_model
 
 _FUNCTION = re.compile(r"[\w.]+:[\w.]+")
 

@@ -9,8 +9,10 @@ tensors. ``module.`` (DDP), ``_orig_mod.`` (compile), ``_fsdp_wrapped_module.``,
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -107,9 +109,12 @@ def unwrap(model: nn.Module) -> nn.Module:
         (model,) = children.values()
 
 
-class Live(NamedTuple):
+@dataclass(frozen=True)
+class Live:
     """The parts of a model by their canonical names, as they were when ``survey`` looked."""
 
+    root: nn.Module
+    """The model, without the wrappers around it."""
     walked: Sequence[tuple[str, nn.Module]]
     """What ``walk`` returns: names as torch has them."""
     parameters: dict[str, list[nn.Parameter]]
@@ -118,42 +123,70 @@ class Live(NamedTuple):
     """Canonical name -> its modules: one, or several where wrappers stand around it; the root under ``""``."""
     inner: dict[str, nn.Module]
     """Canonical name -> the module itself, without wrappers and without what a parametrization adds to it."""
+    buffers: dict[str, list[Tensor]]
+    """Canonical name -> its persistent buffers. Others are derived from the rest and may be rebuilt."""
+
+    @cached_property
+    def first_name(self) -> Mapping[int, str]:
+        """``id`` of each parameter, of a parametrized one that of its first -> the first of its names, in order."""
+        found: dict[int, str] = {}
+        for name, held in self.parameters.items():
+            found.setdefault(id(held[0]), name)
+        return found
 
 
 def survey(model: nn.Module) -> Live:
-    """Look up all parts of a model in one walk.
+    """Look up all parts of a model in one walk; wrappers around it do not count.
 
     Examples:
         >>> live = survey(nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)))
         >>> list(live.parameters), list(live.modules), len(live.parameters["weight"])
         (['bias', 'weight'], [''], 2)
     """
+    model = unwrap(model)
     walked = walk(model)
     special = [name for name, _ in walked if name.rpartition(".")[2] in _SPECIAL]
     own = called_module(walked) if special else frozenset()
+    parameters, buffers = _held(walked)
     if own.issuperset(special):
-        plain = ((name, [parameter]) for name, parameter in _owned(walked))
-        return Live(walked, dict(plain), {name: [module] for name, module in walked}, dict(walked))
+        return Live(
+            model,
+            walked,
+            {name: [parameter] for name, parameter in parameters},
+            {name: [module] for name, module in walked},
+            dict(walked),
+            {name: [buffer] for name, buffer in buffers},
+        )
     inner: dict[str, nn.Module] = {}
     for name, module in walked:
         if "parametrizations" not in name.split("."):
             inner[canonical_module(name, own)] = module  # of a module and the wrappers around it, the innermost is last
     return Live(
+        model,
         walked,
-        _grouped((canonical(name, own), parameter) for name, parameter in _owned(walked)),
+        _grouped((canonical(name, own), parameter) for name, parameter in parameters),
         _grouped((canonical_module(name, own), module) for name, module in walked),
         inner,
+        _grouped((canonical(name, own), buffer) for name, buffer in buffers),
     )
 
 
-def _owned(walked: Sequence[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of what ``walk`` found, under all of their names."""
+def _held(
+    walked: Sequence[tuple[str, nn.Module]],
+) -> tuple[list[tuple[str, nn.Parameter]], list[tuple[str, Tensor]]]:
+    """The parameters and the persistent buffers of what ``walk`` found, under all of their names."""
+    parameters, buffers = [], []
     for name, module in walked:
-        if parameters := module._parameters:
+        if module._parameters or module._buffers:
             below = f"{name}." if name else ""
-            for key, parameter in parameters.items():
-                if parameter is not None:
-                    yield below + key, parameter
+            parameters += [(below + key, found) for key, found in module._parameters.items() if found is not None]
+            derived = module._non_persistent_buffers_set
+            buffers += [
+                (below + key, found)
+                for key, found in module._buffers.items()
+                if found is not None and key not in derived
+            ]
+    return parameters, buffers
 
 
 def parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -177,15 +210,8 @@ def modules(model: nn.Module) -> dict[str, list[nn.Module]]:
 
 
 def buffers(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Return canonical name -> its live persistent buffers. Others are derived from the rest and may be rebuilt."""
-    walked = walk(model)
-    own = called_module(walked)
-    return _grouped(
-        (canonical(f"{prefix}.{name}" if prefix else name, own), buffer)
-        for prefix, module in walked
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
-    )
+    """Return canonical name -> its live persistent buffers; see ``Live``."""
+    return survey(model).buffers
 
 
 def grouped(model: nn.Module, state: Mapping[str, T]) -> dict[str, list[T]]:

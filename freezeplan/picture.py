@@ -135,7 +135,7 @@ def draw(resolution: Resolution, model: Description, path: Path) -> None:
     import matplotlib
 
     kind = path.suffix.lower()[1:]
-    title = f"{resolution.plan.title} on {resolution.model}"
+    title = f"{resolution.plan.title} on {resolution.subject}"
     metadata = {"Title": title, "Date": None} if kind == "svg" else {"Title": title}
     try:
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}), whole_file(path) as temporary:
@@ -162,7 +162,7 @@ def paint(resolution: Resolution, model: Description) -> Any:
     height = 2.4 if len(strips) > 1 else 3.4
     figure = Figure(figsize=(max(7.0, 1.3 + 0.24 * len(names)), 1.9 + height * len(strips)), layout="constrained")
     figure.patch.set_facecolor("white")
-    figure.suptitle(f"{resolution.plan.title} on {resolution.model}", fontsize=12, fontweight="bold")
+    figure.suptitle(f"{resolution.plan.title} on {resolution.subject}", fontsize=12, fontweight="bold")
     axes = figure.subplots(len(strips), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (part, found) in zip(axes, strips, strict=True):
         for place, block in enumerate(found):

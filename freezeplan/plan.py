@@ -36,6 +36,9 @@ _STAGE = re.compile(r"-?\d+|(?:-?\d+)?\.\.(?:-?\d+)?")
 SELECTORS = ("match", "type", "role", "stage")
 """The keys of a rule that select; all that are given must hold."""
 
+SETTINGS = ("rate", "wd_mult", "layer_decay", "mode", "reinit")
+"""What a rule can set; the rate by one of two keys, ``frozen`` and ``lr_mult``."""
+
 
 def _check_pattern(pattern: str) -> str:
     if not pattern:
@@ -136,6 +139,7 @@ def _one_or_more(schema: dict[str, Any]) -> Any:
 
 Pattern = Annotated[str, Field(strict=True), AfterValidator(_check_pattern)]
 Multiplier = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), BeforeValidator(_check_multiplier)]
+LayerDecay = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]
 Frozen = Annotated[Literal[True], BeforeValidator(_check_frozen)]
 
 _string: dict[str, Any] = {"type": "string", "minLength": 1}
@@ -198,13 +202,14 @@ class Rule(_Data):
     """Regular expression that must match the whole class name of a module, its own or a base's; it takes that module
     and all below. A list means any of them."""
     role: Annotated[tuple[Role, ...], *_roles] | None = None
-    """What timm knows of the architecture: ``head`` (the classifier), ``stem`` (stage 0), ``body`` (all but the head),
-    ``norm`` (normalisation layers), ``bias``, ``pos_embed`` (position embeddings and the position biases of attention,
-    absolute and relative: learned tensors, and the convolutions and small networks that make them),
-    ``no_weight_decay`` (what timm's method of that name lists). A list means any of them."""
+    """What timm knows of the architecture: ``head`` (the classifier; in a model that contains timm models all that is
+    in none of them too), ``stem`` (stage 0), ``body`` (all but the head), ``norm`` (normalisation layers), ``bias``,
+    ``pos_embed`` (position embeddings and the position biases of attention, absolute and relative: learned tensors, and
+    the convolutions and small networks that make them), ``no_weight_decay`` (what timm's method of that name lists). A
+    list means any of them."""
     stage: Annotated[tuple[Annotated[str, BeforeValidator(_check_stage)], ...], *_stages] | None = None
-    """Depth: 0 is the stem, stages count from 1, -1 is the last one; an integer or a range with both ends included:
-    ``2``, ``1..3``, ``..2``, ``3..``. A list means any of them."""
+    """Depth: 0 is the stem, stages count from 1, -1 is the last one, in each timm model by itself; an integer or a
+    range with both ends included: ``2``, ``1..3``, ``..2``, ``3..``. A list means any of them."""
     frozen: Frozen | None = None
     """True: no gradient, in no optimizer group, statistics and randomness stand still. Not together with lr_mult."""
     lr_mult: Multiplier | None = None
@@ -212,6 +217,8 @@ class Rule(_Data):
     wd_mult: Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] | None = None
     """Multiplies the weight decay that the parameter would get (0 for biases, 1-d tensors and timm's no_weight_decay);
     0 or greater, dimensionless."""
+    layer_decay: LayerDecay | None = None
+    """The plan's ``layer_decay``, for what is selected; in (0, 1]. For two backbones that need different ones."""
     mode: Mode | None = None
     """``eval`` or ``train``, of the modules that own what is selected. A rule with ``mode`` alone also reaches modules
     without parameters, such as dropout."""
@@ -230,14 +237,16 @@ class Rule(_Data):
                 "no_selector", "a rule selects with match, type, role or stage; this one has none"
             )
         if not self.settings:
-            raise PydanticCustomError("no_setting", "a rule sets something: frozen, lr_mult, wd_mult, mode or reinit")
+            raise PydanticCustomError(
+                "no_setting", "a rule sets something: frozen, lr_mult, wd_mult, layer_decay, mode or reinit"
+            )
         return self
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """The settings that this rule gives: some of ``rate``, ``wd_mult``, ``mode``, ``reinit``, in that order."""
+        """The settings that this rule gives, some of ``SETTINGS``, in that order."""
         given = ["rate"] if self.frozen or self.lr_mult is not None else []
-        return (*given, *(key for key in ("wd_mult", "mode", "reinit") if getattr(self, key) is not None))
+        return (*given, *(key for key in SETTINGS[1:] if getattr(self, key) is not None))
 
     @property
     def text(self) -> str:
@@ -322,8 +331,9 @@ class Plan(_Data):
     """The rules, first match first."""
     default: Rate | None = None
     """The rate of what no rule gives one; without it such a parameter is an error."""
-    layer_decay: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] | None = None
-    """Multiplies every lr_mult by this to the power of the layers behind it, as timm's ``--layer-decay``; in (0, 1]."""
+    layer_decay: LayerDecay | None = None
+    """Multiplies every lr_mult by this to the power of the layers behind it, as timm's ``--layer-decay``; in (0, 1]. A
+    timm model inside of another module counts its own layers, and what is in none stands behind the last of them."""
     layer_decay_min_scale: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] | None = None
     """The smallest factor that layer_decay gives, as timm's; in [0, 1], 0 if absent."""
     weight_decay: Literal["timm", "all"] = "timm"
@@ -338,7 +348,7 @@ class Plan(_Data):
 
     @model_validator(mode="after")
     def _min_scale_needs_decay(self) -> Plan:
-        if self.layer_decay_min_scale is not None and self.layer_decay is None:
+        if self.layer_decay_min_scale is not None and not self.decays:
             raise PydanticCustomError("min_scale_alone", "layer_decay_min_scale needs layer_decay")
         return self
 
@@ -408,7 +418,12 @@ class Plan(_Data):
         rules = [rule for _, rule in self.placed]
         found = {str(role) for rule in rules for role in rule.role or ()}
         found |= {"stage"} if any(rule.stage for rule in rules) else set()
-        return frozenset(found | ({"layer_decay"} if self.layer_decay is not None else set()))
+        return frozenset(found | ({"layer_decay"} if self.decays else set()))
+
+    @property
+    def decays(self) -> bool:
+        """Whether the plan or a rule of it has a ``layer_decay``."""
+        return self.layer_decay is not None or any(rule.layer_decay is not None for _, rule in self.placed)
 
     def _part(self, index: int) -> Plan:
         own = self.phases[index].rules

@@ -72,7 +72,7 @@ def print_resolution(resolution: Resolution, lr: float | None) -> None:
     Of phases that follow each other and decide the same the last one is shown.
     """
     console = stdout()
-    console.print(Text.assemble((resolution.plan.title, "bold"), " on ", (resolution.model, "bold")))
+    console.print(Text.assemble((resolution.plan.title, "bold"), " on ", (resolution.subject, "bold")))
     if resolution.plan.description:
         console.print(Padding(Text(resolution.plan.description, style="dim"), (0, 0, 0, 2)))
     for part in resolution.distinct:
@@ -123,6 +123,8 @@ def print_explanation(found: Mapping[str, Any]) -> None:
     console.print(Text.assemble((found["name"], "bold"), f"  {shape}"), soft_wrap=True)
     if found["aliases"]:
         console.print(Text(f"also called {', '.join(found['aliases'])}"), soft_wrap=True)
+    if found["part"]:
+        console.print(Text(f"part: {found['part']}"), soft_wrap=True)
     console.print(Text(f"group: {found['group'] or 'none, it is never trained'}"), soft_wrap=True)
     for phase in found["phases"]:
         console.print()

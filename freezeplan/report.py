@@ -33,6 +33,7 @@ def as_json(resolution: Resolution, lr: float | None = None) -> dict[str, Any]:
     """
     found: dict[str, Any] = {
         "model": resolution.model,
+        "parts": dict(resolution.timm_parts),
         "plan": resolution.plan.title,
         "frozen": count(resolution.frozen),
         "trainable": count(resolution.trained),

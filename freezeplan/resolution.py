@@ -31,11 +31,23 @@ class Row(NamedTuple):
     rule: int | None
     """Number, from 1, of the rule that decided the rate; None for the plan's default."""
     aliases: tuple[str, ...] = ()
+    layer_decay: float | None = None
+    """The factor that is in ``lr_mult``, to the power of the layers behind the tensor; None without one."""
 
     @property
     def elements(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+
+class BufferRow(NamedTuple):
+    """What happens to one persistent buffer."""
+
+    name: str
+    frozen: bool
+    """Whether its module is in eval while the model trains, so that it keeps its values."""
+    reinit: bool
+    """Whether it starts anew: all parameters of its module do, or of the nearest module above that has any."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,7 @@ class RuleUse:
     everything: bool
     """Whether it matches every tensor: a catch-all."""
     settings: tuple[str, ...]
-    """What it sets: some of ``rate``, ``wd_mult``, ``mode``, ``reinit``."""
+    """What it sets: some of ``freezeplan.plan.SETTINGS``."""
     tensors: tuple[str, ...]
     """The tensors that it matches."""
 
@@ -142,6 +154,19 @@ class Resolution:
     """Tensor -> the layers behind it, by which ``layer_decay`` is raised; empty where the plan has none."""
     unplaced: tuple[str, ...] = ()
     """Where the plan speaks of depth: tensors that timm's matcher leaves out, so they have the depth of their place."""
+    buffers: tuple[BufferRow, ...] = ()
+    timm_parts: Mapping[str, str] = field(default_factory=dict)
+    """Module name -> timm's architecture, of the timm models that the model contains; empty for a timm model itself."""
+
+    @property
+    def subject(self) -> str:
+        """The model and the timm models that it contains, such as ``Net (encoder: resnet18)``."""
+        shown = [f"{name}: {architecture}" for name, architecture in self.timm_parts.items()]
+        return self.model + (f" ({', '.join(shown[:3])}{', ...' if shown[3:] else ''})" if shown else "")
+
+    def part_of(self, name: str) -> str:
+        """Return the name of the contained timm model that a tensor is in; empty if it is in none."""
+        return next((part for part in self.timm_parts if name.startswith(f"{part}.")), "")
 
     @property
     def frozen(self) -> tuple[Row, ...]:
@@ -184,6 +209,12 @@ class Resolution:
         return tuple(
             rows[0] for rows in zip(*(part.rows for part in self.parts), strict=True) if all(r.frozen for r in rows)
         )
+
+    @cached_property
+    def always_frozen_buffers(self) -> tuple[str, ...]:
+        """The names of the buffers that are frozen in every phase."""
+        phases = zip(*(part.buffers for part in self.parts), strict=True)
+        return tuple(rows[0].name for rows in phases if all(row.frozen for row in rows))
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:

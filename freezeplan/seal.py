@@ -111,21 +111,12 @@ def place(tensor: Tensor) -> Place:
 
 
 def still(model: nn.Module, resolution: Resolution) -> Iterator[tuple[str, list[Tensor]]]:
-    """Yield what must not move: frozen parameters, and the buffers of every module that is held in eval."""
-    live = names.parameters(model)
+    """Yield what is frozen in every phase: parameters, and buffers of modules in eval. Of what is gone, no tensor."""
+    live = names.survey(model)
     for row in resolution.always_frozen:
-        yield row.name, list(live.get(row.name, ()))
-    for name, found in names.buffers(model).items():
-        if all(part.modes[_module(name, resolution)] == "eval" for part in resolution.parts):
-            yield name, found
-
-
-def _module(name: str, resolution: Resolution) -> str:
-    """The module that owns a buffer; of one made by a parametrization, the module that it belongs to."""
-    module = names.owner(name)
-    while module not in resolution.modes:
-        module = names.owner(module)
-    return module
+        yield row.name, list(live.parameters.get(row.name, ()))
+    for name in resolution.always_frozen_buffers:
+        yield name, live.buffers.get(name, [])
 
 
 def take_seal(model: nn.Module, resolution: Resolution, *, copy: bool) -> Seal:

@@ -33,14 +33,11 @@ def select(rule: Rule, model: Description) -> Selection:
     """Return the names that all selectors of a rule hold for.
 
     Args:
-        rule: The rule; its roles must be known for this model.
+        rule: The rule; a role in ``model.unknown`` selects nothing.
         model: The model.
 
     Returns:
         Tensors (by their first name; a tied weight is selected when any of its names is) and modules that own none.
-
-    Raises:
-        KeyError: If the rule asks for a role in ``model.unknown``.
 
     Examples:
         >>> from freezeplan.description import Module, Tensor
@@ -56,8 +53,11 @@ def select(rule: Rule, model: Description) -> Selection:
     if rule.role:
         tensors &= _with_role(rule.role, model)
     if rule.stage:
-        wanted = set().union(*(stage_numbers(text, model.last_stage) for text in rule.stage))
-        tensors &= {name for name, stage in model.stages.items() if stage in wanted}
+        wanted = {
+            last: set().union(*(stage_numbers(text, last) for text in rule.stage))
+            for last in set(model.last_stages.values())
+        }
+        tensors &= {name for name, stage in model.stages.items() if stage in wanted[model.last_stages[name]]}
     chosen = tuple(tensor.name for tensor in model.tensors if tensor.name in tensors)
     return Selection(chosen, _modules(rule, model, tensors) if rule.settings == ("mode",) else ())
 
@@ -77,7 +77,7 @@ def _modules(rule: Rule, model: Description, tensors: set[str]) -> tuple[str, ..
 
 
 def _with_role(roles: Iterable[str], model: Description) -> frozenset[str]:
-    return frozenset().union(*(model.roles[role] for role in roles))
+    return frozenset().union(*(model.roles[role] for role in roles if role not in model.unknown))
 
 
 def match_tensors(patterns: Iterable[str], model: Description) -> set[str]:

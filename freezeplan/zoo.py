@@ -1,27 +1,36 @@
-"""What timm knows of a model: in the core the only importer of timm.
-
-timm's own data are read through its public methods (``get_classifier``, ``no_weight_decay``, ``pretrained_cfg``), never
-through module names, and what it does not know is said and not guessed.
-"""
+"""Any model -> its description: names, shapes, classes, and what timm knows of the parts that are timm's."""
 
 from __future__ import annotations
 
-import fnmatch
 import functools
-import importlib.metadata
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-import torch
 from torch import nn
 
-from freezeplan import names, stages
-from freezeplan.description import Description, Module, Tensor
-from freezeplan.errors import ModelError, did_you_mean
+from freezeplan import names
+from freezeplan.create import create_model, model_names, version
+from freezeplan.description import Description, Module, Part, Tensor
 from freezeplan.plan import ROLES
+from freezeplan.timm_facts import (
+    Facts,
+    LivePart,
+    find_classifier,
+    find_parts,
+    is_timm,
+    no_weight_decay,
+    read_part,
+    reentrant,
+    superseded,
+    timm_version,
+    title,
+)
+
+__all__ = ["create_model", "describe", "is_timm", "model_names", "reentrant", "timm_version", "title", "version"]
 
 _BIAS = re.compile(r"(?:\w+_)?bias(?:_[ih]h_l\d+(?:_reverse)?)?")
 _DRAWS = re.compile(r"\bdrop\w*\(|dropout_p\b|self\.dropout,")
@@ -35,80 +44,43 @@ _POSITION = re.compile(
 _NORM = re.compile(r"Norm|InplaceAbn")
 
 
-def create_model(name: str, /, *, num_classes: int | None = None, meta: bool = False, **arguments: Any) -> nn.Module:
-    """Create a timm model by name; nothing is downloaded unless asked for.
+@dataclass(frozen=True)
+class _Placed:
+    """A part of the model that is described, with its tensors."""
 
-    Args:
-        name: A timm model name.
-        num_classes: Number of classes; None leaves the model's own.
-        meta: Create it on the meta device: names and shapes without memory or time.
-        arguments: Passed on to timm.
+    part: LivePart
+    facts: Facts | None
+    tensors: Mapping[str, str | None]
+    """Tensor of the model -> its name in the part's architecture; None where it has none there."""
 
-    Raises:
-        ModelError: If there is no such model (with the nearest names), or it cannot be built from these arguments.
+    def present(self, role: str) -> frozenset[str]:
+        """The tensors that have a role in the architecture: those of one of the sets of ``Facts``."""
+        wanted: frozenset[str] = getattr(self.facts, role, frozenset())
+        return frozenset(self._here[there] for there in wanted if there in self._here)
 
-    Examples:
-        >>> create_model("vgg16", num_classes=20, meta=True).head.fc.weight.shape
-        torch.Size([20, 4096])
-    """
-    return timm_model(name, arguments if num_classes is None else {**arguments, "num_classes": num_classes}, meta=meta)
+    @cached_property
+    def _here(self) -> Mapping[str | None, str]:
+        """Name in the architecture -> tensor of the model."""
+        return {there: name for name, there in self.tensors.items()}
 
+    @cached_property
+    def unplaced(self) -> frozenset[str]:
+        """The tensors that timm's matcher leaves out, and those that the architecture does not have."""
+        lost = (name for name, there in self.tensors.items() if there is None)
+        return self.present("unplaced").union(lost if self.facts and self.facts.layers else ())
 
-def timm_model(name: str, arguments: Mapping[str, Any], *, meta: bool = False) -> nn.Module:
-    """Create a timm model from a mapping of arguments, whatever their names are.
-
-    Args:
-        name: A timm model name.
-        arguments: Passed on to timm.
-        meta: Create it on the meta device.
-
-    Raises:
-        ModelError: If there is no such model (with the nearest names), or it cannot be built from these arguments.
-
-    Examples:
-        >>> type(timm_model("test_vit", {"num_classes": 3}, meta=True)).__name__
-        'VisionTransformer'
-    """
-    import timm
-
-    if ":" not in name and not timm.is_model(name.partition(".")[0]):
-        known = timm.list_models()
-        raise ModelError(
-            f"timm has no model called {name!r}",
-            notes=[*did_you_mean(name, known), f"timm knows {len(known)} models; or give package.module:function"],
-        )
-    try:
-        with torch.device("meta" if meta else "cpu"):
-            model: nn.Module = timm.create_model(name, **arguments)
-    except (TypeError, ValueError, AssertionError, RuntimeError, NotImplementedError) as error:
-        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        raise ModelError(f"{name} cannot be built with {given or 'no arguments'}: {error}") from error
-    return model
+    @property
+    def described(self) -> Part:
+        """The part as data."""
+        elements = self.facts.classifier_elements if self.facts else 0
+        return Part(self.part.name, title(self.part.module), frozenset(self.tensors), self.present("head"), elements)
 
 
-def model_names() -> list[str]:
-    """Return the names of timm's models, sorted as timm sorts them.
-
-    Examples:
-        >>> "resnet50" in model_names()
-        True
-    """
-    import timm
-
-    return list(timm.list_models())
-
-
-def is_timm(model: nn.Module) -> bool:
-    """Whether the model is one of timm's, by the configuration that timm gives each of its models."""
-    return isinstance(getattr(model, "pretrained_cfg", None), Mapping)
-
-
-def describe(model: nn.Module, *, live: names.Live | None = None, asked: Collection[str] | None = None) -> Description:
+def describe(found: nn.Module | names.Live, *, asked: Collection[str] | None = None) -> Description:
     """Write down all that a plan can ask of a model. Changes nothing; works on the meta device.
 
     Args:
-        model: Any module; roles that timm knows need a timm model.
-        live: Its parts, if they were looked up already.
+        found: Any module, or what ``names.survey`` found of it; roles that timm knows need a timm model.
         asked: The roles to find, ``stage`` and ``layer_decay`` for depth; None: all. It saves the time of the others.
 
     Returns:
@@ -121,112 +93,146 @@ def describe(model: nn.Module, *, live: names.Live | None = None, asked: Collect
         >>> len(model.roles["norm"])
         40
     """
-    model = names.unwrap(model)
-    live = live or names.survey(model)
-    first_name, aliases = _first_names((name, found[0]) for name, found in live.parameters.items())
+    live = found if isinstance(found, names.Live) else names.survey(found)
+    model = live.root
+    asked = frozenset((*ROLES, "stage", "layer_decay")) if asked is None else frozenset(asked)
+    tied = len(live.first_name) < len(live.parameters)
+    aliases = _first_names((name, held[0]) for name, held in live.parameters.items())[1] if tied else {}
     tensors = tuple(
         Tensor(name, _shape(live.parameters[name]), names.owner(name), aliases.get(name, ()))
-        for name in first_name.values()
+        for name in live.first_name.values()
     )
-    modules = tuple(_modules(live.inner))
-    head = _head(model, first_name, live.inner)
-    listed = frozenset(_listed(model, tensors))
     ordered = tuple(tensor.name for tensor in tensors)
-    classifier = frozenset() if isinstance(head, str) else head
-    asked = frozenset((*ROLES, "stage", "layer_decay")) if asked is None else frozenset(asked)
-    depth = _depth(model, ordered, modules, classifier) if asked & {"stem", "stage", "layer_decay"} else _Depth()
+    depth = not asked.isdisjoint(("stem", "stage", "layer_decay"))
+    parts = _place(live, depth=depth)
+    outside = frozenset(ordered).difference(*(placed.tensors for placed in parts))
+    own_classifiers = frozenset().union(*(placed.present("head") for placed in parts))
+    unread = superseded(live)
+    if hasattr(type(model), "get_classifier") and (not parts or parts[0].part.name):
+        head = find_classifier(live) - unread
+    else:
+        head = own_classifiers.union(outside if parts else ()) - unread
+    listed = _listed(live, parts, outside)
+    found_stages = dict(_stages(parts))
     find: dict[str, Callable[[], Iterable[str]]] = {
-        "head": lambda: classifier,
-        "body": lambda: classifier.symmetric_difference(ordered),
-        "norm": lambda: _norms(live.inner, first_name),
+        "head": lambda: head,
+        "body": lambda: head.symmetric_difference(ordered),
+        "norm": lambda: _norms(live.inner, live.first_name),
         "bias": lambda: (name for name in ordered if _BIAS.fullmatch(name.rpartition(".")[2])),
         "no_weight_decay": lambda: listed,
-        "pos_embed": lambda: filter(_POSITION.search, ordered),
-        "stem": lambda: (name for name, stage in depth.stages.items() if stage == 0),
+        "pos_embed": lambda: _positions(parts),
+        "stem": lambda: (name for name, stage in found_stages.items() if stage == 0),
     }
-    unknown: dict[str, str] = {"head": head} if isinstance(head, str) else {}
-    if not is_timm(model):
-        reason = f"{title(model)} is not a timm model, so its {{}} not known; select with match or type"
-        named = {"stem": "stem is", "body": "body is", "pos_embed": "position embeddings are", "stage": "stages are"}
-        unknown |= {key: reason.format(words) for key, words in named.items()}
-        if not hasattr(model, "no_weight_decay"):
-            unknown["no_weight_decay"] = reason.format("list of tensors without weight decay is")
-        unknown["layer_decay"] = f"{title(model)} is not a timm model, so its layers have no known order"
     return Description(
         model=title(model),
         tensors=tensors,
-        modules=modules,
-        roles={role: frozenset(find[role]()) for role in ROLES if role in asked and (classifier or role != "head")},
-        unknown=unknown,
-        stages=depth.stages,
-        exponents=depth.exponents,
-        unplaced=depth.unplaced,
+        modules=tuple(_modules(live.inner)),
+        roles={role: frozenset(find[role]()) for role in ROLES if role in asked and (head or role != "head")},
+        unknown=_unknown(live, parts, head),
+        stages=found_stages,
+        exponents=dict.fromkeys(outside if parts and depth else (), 0) | dict(_exponents(parts, bool(outside))),
+        unplaced=tuple(filter(frozenset().union(*(placed.unplaced for placed in parts)).__contains__, ordered)),
         no_decay=frozenset(_no_decay(tensors, listed)),
+        beside_head=frozenset().union(*(placed.present("beside_head") for placed in parts)) - head,
+        buffers=dict(_owners(live)),
+        parts=tuple(placed.described for placed in parts),
+        unread=unread,
     )
 
 
-def version() -> str:
-    """Return timm's version."""
-    return importlib.metadata.version("timm")
+def _place(live: names.Live, *, depth: bool) -> tuple[_Placed, ...]:
+    """Find the parts, read what timm knows of them, and say which tensors are whose: of several the first part's."""
+    found: list[_Placed] = []
+    for part in find_parts(live):
+        inside = names.survey(part.module) if part.name else live
+        facts = read_part(part, inside, depth=depth)
+        tensors: dict[str, str | None] = {live.first_name[i]: name for i, name in inside.first_name.items()}
+        if part.is_cut:
+            known = facts.tensors if facts else {}
+            there = {first: part.in_source(name or "", known) for first, name in tensors.items()}
+            tensors = {first: name and known[name] for first, name in there.items()}
+        for earlier in found:
+            tensors = {first: name for first, name in tensors.items() if first not in earlier.tensors}
+        found.append(_Placed(part, facts, tensors))
+    return tuple(found)
 
 
-def title(model: nn.Module) -> str:
-    """Return what the model is called in reports: timm's architecture, or the class."""
-    return str(_config(model).get("architecture") or type(model).__name__)
+def _stages(parts: Iterable[_Placed]) -> Iterator[tuple[str, int]]:
+    """The stage of each tensor by its part; one that the architecture does not have has that of the tensor ahead."""
+    for placed in parts:
+        if placed.facts is None or not placed.facts.stages:
+            continue
+        ahead = 0
+        for name, there in placed.tensors.items():
+            stage = ahead if there is None else placed.facts.stages.get(there)
+            if stage is not None:
+                ahead = stage
+                yield name, stage
 
 
-def timm_version(model: nn.Module) -> str:
-    """Return the version of timm that is installed; empty for a model that is not timm's.
-
-    Examples:
-        >>> timm_version(nn.Linear(2, 2))
-        ''
-    """
-    import timm
-
-    return str(timm.__version__) if is_timm(model) else ""
-
-
-def reentrant(model: nn.Module) -> str:
-    """Return what of a model checkpoints its activations with ``use_reentrant=True``; empty if nothing does.
-
-    timm's models do where ``grad_checkpointing`` is on and ``set_reentrant_ckpt(True)`` was called; those of
-    transformers where that is asked for, unless they give their embeddings' output a gradient, as those of text do.
-
-    Examples:
-        >>> reentrant(create_model("test_vit"))
-        ''
-    """
-    import timm
-
-    needs_gradient = any(getattr(module, "_require_grads_hooks", None) for module in model.modules())
-    for name, module in model.named_modules():
-        implementation = getattr(module, "checkpoint_impl", None)
-        if getattr(implementation, "name", "") == "REENTRANT":
-            return repr(names.canonical_module(name))
-        if getattr(module, "grad_checkpointing", False) is True and timm.layers.use_reentrant_ckpt():
-            return repr(name) if name else title(model)
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        asked = isinstance(function, functools.partial) and function.keywords.get("use_reentrant")
-        if asked and getattr(module, "gradient_checkpointing", False) and not needs_gradient:
-            return repr(names.canonical_module(name)) if name else title(model)
-    return ""
+def _exponents(parts: Iterable[_Placed], outside: bool) -> Iterator[tuple[str, int]]:
+    """The layers behind each tensor; what is outside stands where the classifier does, or behind it if there is one."""
+    for placed in parts:
+        facts = placed.facts
+        if facts is None or not facts.layers:
+            continue
+        last = max(facts.layers.values())
+        if outside:
+            last = last + 1 if placed.present("head") else max(last, facts.classifier_layer)
+        for name, there in placed.tensors.items():
+            yield name, last - (facts.classifier_layer if there is None else facts.layers[there])
 
 
-def _config(model: nn.Module) -> Mapping[str, Any]:
-    """Return timm's configuration of a model; empty for others."""
-    return cast(Mapping[str, Any], model.pretrained_cfg) if is_timm(model) else {}
+def _positions(parts: Iterable[_Placed]) -> Iterator[str]:
+    for placed in parts:
+        ahead = len(placed.part.name) + 1 if placed.part.name else 0
+        yield from (name for name, there in placed.tensors.items() if _POSITION.search(there or name[ahead:]))
 
 
-def _entries(model: nn.Module, key: str) -> tuple[str, ...]:
-    """The module names under a key of timm's configuration, which holds one name, a list of them, or nothing."""
-    entry = _config(model).get(key) or ()
-    return (entry,) if isinstance(entry, str) else tuple(entry)
+def _listed(live: names.Live, parts: Collection[_Placed], outside: Collection[str]) -> frozenset[str]:
+    """What ``no_weight_decay()`` lists: inside of a part what the part says, outside what any module says."""
+    found = [placed.present("listed") for placed in parts]
+    if outside:
+        for above, module in live.inner.items():
+            if hasattr(type(module), "no_weight_decay"):
+                below = f"{above}." if above else ""
+                found.append(
+                    no_weight_decay(module, {name[len(below) :]: name for name in outside if name.startswith(below)})
+                )
+    return frozenset().union(*found)
 
 
-def _first_conv(model: nn.Module) -> str:
-    """Name of the first convolution; empty where timm names none."""
-    return next(iter(_entries(model, "first_conv")), "")
+def _unknown(live: names.Live, parts: Collection[_Placed], head: Collection[str]) -> dict[str, str]:
+    """What is not known of a model, each with the reason and what to do."""
+    called, cls = title(live.root), type(live.root)
+    unknown: dict[str, str] = {}
+    if not parts and not hasattr(cls, "get_classifier"):
+        unknown["head"] = (
+            f"{called} is no timm model and holds none, so its classifier is not known; select it with match"
+        )
+    elif not head and is_timm(live.root) and not hasattr(cls, "get_classifier"):
+        unknown["head"] = f"{called} is an encoder without a classifier; select with match instead"
+    elif not head:
+        unknown["head"] = (
+            f"the classifier of {called} has no parameters; create the model with num_classes greater than 0"
+        )
+    lost = next((placed.part for placed in parts if placed.facts is None), None)
+    if lost is not None:
+        reason = f"{called} holds {lost.name or 'features'} cut from {title(lost.module)}, which timm does not have, so"
+    elif parts:
+        return unknown
+    else:
+        reason = f"{called} is no timm model and holds none, so"
+        unknown["body"] = f"{reason} its body is not known; select with match or type"
+        unknown["pos_embed"] = f"{reason} its position embeddings are not known; select with match or type"
+        if not any(hasattr(type(module), "no_weight_decay") for module in live.inner.values()):
+            unknown["no_weight_decay"] = (
+                f"{reason} its list of tensors without weight decay is not known; select with match or type"
+            )
+    unknown["stem"] = f"{reason} its stem is not known; select with match or type"
+    unknown["stage"] = f"{reason} its stages are not known; select with match or type"
+    unknown["layer_decay"] = f"{reason} its layers have no known order"
+    return unknown
 
 
 def _shape(parameters: list[nn.Parameter]) -> tuple[int, ...]:
@@ -242,6 +248,15 @@ def _modules(inner: Mapping[str, nn.Module]) -> Iterator[Module]:
         cls: Any = type(module)
         caches = "attention_bias_cache" in module.__dict__
         yield Module(name, _types(cls), aliases.get(name, ()), _random(module, cls), caches)
+
+
+def _owners(live: names.Live) -> Iterator[tuple[str, str]]:
+    """The persistent buffers, each with the described module that it belongs to."""
+    for name in live.buffers:
+        module = name.rpartition(".")[0]
+        while module not in live.inner:
+            module = module.rpartition(".")[0]
+        yield name, module
 
 
 def _first_names(named: Iterable[tuple[str, object]]) -> tuple[dict[int, str], dict[str, tuple[str, ...]]]:
@@ -289,32 +304,6 @@ def _draws(cls: Any) -> bool:
         return True
 
 
-def _head(model: nn.Module, first_name: Mapping[int, str], live: Mapping[str, nn.Module]) -> frozenset[str] | str:
-    """The classifier's tensors, by identity; or why there is none."""
-    if not hasattr(model, "get_classifier"):
-        if is_timm(model):
-            return f"{title(model)} is an encoder without a classifier; select with match instead"
-        return f"{title(model)} is not a timm model, so its classifier is not known; select it with match"
-    heads = [*_flatten(model.get_classifier()), *_configured(model, live)]  # type: ignore[operator]
-    found = frozenset(first_name[id(p)] for head in heads for p in head.parameters() if id(p) in first_name)
-    if not found:
-        return f"the classifier of {title(model)} has no parameters; create the model with num_classes greater than 0"
-    return found
-
-
-def _flatten(classifier: Any) -> Iterator[nn.Module]:
-    if isinstance(classifier, nn.Module):
-        yield classifier
-    elif isinstance(classifier, (tuple, list)):
-        for part in classifier:
-            yield from _flatten(part)
-
-
-def _configured(model: nn.Module, live: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
-    """The modules that timm's configuration calls classifier: volo's ``aux_head`` is in no ``get_classifier``."""
-    yield from (live[name] for name in _entries(model, "classifier") if name in live)
-
-
 def _norms(inner: Mapping[str, nn.Module], first_name: Mapping[int, str]) -> Iterator[str]:
     """Normalisation layers: their class, or a base, is called so, all they own is 1-d, and nothing below owns more."""
     for name, module in inner.items():
@@ -337,124 +326,3 @@ def _no_decay(tensors: Iterable[Tensor], listed: frozenset[str]) -> Iterator[str
     for tensor in tensors:
         if len(tensor.shape) <= 1 or tensor.name.endswith(".bias") or tensor.name in listed:
             yield tensor.name
-
-
-def _listed(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[str]:
-    """The tensors that ``no_weight_decay()`` lists, by name or by pattern."""
-    patterns: Iterable[str] = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
-    patterns = set(patterns)
-    if not patterns:
-        return
-    globs = [pattern for pattern in patterns if any(sign in pattern for sign in "*?[")]
-    for tensor in tensors:
-        if not patterns.isdisjoint(tensor.names) or any(fnmatch.filter(tensor.names, glob) for glob in globs):
-            yield tensor.name
-
-
-@dataclass(frozen=True)
-class _Depth:
-    stages: Mapping[str, int] = field(default_factory=dict)
-    exponents: Mapping[str, int] = field(default_factory=dict)
-    unplaced: tuple[str, ...] = ()
-
-
-class _Named:
-    """As much of a module as ``timm.models.group_parameters`` reads, with one name more that no matcher knows."""
-
-    unknown = "?"
-
-    def __init__(self, tensors: Iterable[str]):
-        self._names = (*tensors, self.unknown)
-
-    def named_parameters(self) -> Iterator[tuple[str, None]]:
-        return ((name, None) for name in self._names)
-
-
-def _groups(model: nn.Module, ordered: tuple[str, ...], *, coarse: bool) -> dict[str, int] | None:
-    """Return timm's groups, and under ``?`` the one of what its matcher leaves out; None without a matcher."""
-    from timm.models import group_parameters
-
-    try:
-        matcher = model.group_matcher(coarse=coarse)  # type: ignore[operator]
-    except (AttributeError, AssertionError):  # no matcher, or none of this kind (rdnet)
-        return None
-    return dict(group_parameters(_Named(ordered), matcher, reverse=True))
-
-
-def _depth(model: nn.Module, ordered: tuple[str, ...], described: tuple[Module, ...], head: frozenset[str]) -> _Depth:
-    """Stages and layers by timm's groups; by its feature taps where the groups are single layers or missing."""
-    if not is_timm(model):
-        return _Depth()
-    coarse, fine = _groups(model, ordered, coarse=True), _groups(model, ordered, coarse=False)
-    left_out = frozenset(name for name in ordered if fine and fine[name] == fine[_Named.unknown])
-    if coarse and not _single_layers(coarse):
-        unmatched = frozenset(name for name in ordered if coarse[name] == coarse[_Named.unknown])
-        found = stages.by_groups({name: coarse[name] for name in ordered}, unmatched, head)
-    else:
-        order = {name: index for index, module in enumerate(described) for name in module.names}
-        tapped = (str(tap["module"]) for tap in getattr(model, "feature_info", ()) or ())
-        taps = [tap for tap in tapped if tap in order]  # mobilenetv5_300m_enc taps a bn1 that it does not have
-        found = stages.by_features(ordered, order, taps, _first_conv(model), head)
-    if fine:
-        layers = {name: fine[name] for name in ordered}
-    else:
-        last = max(found.values(), default=0) + 1
-        layers = {name: found.get(name, last) for name in ordered}
-    return _Depth(found, stages.exponents(layers), tuple(name for name in ordered if name in left_out - head))
-
-
-def _single_layers(groups: Mapping[str, int]) -> bool:
-    """Whether no group, the stem and the last apart, has more than one module that owns tensors (VGG)."""
-    owners: dict[int, set[str]] = {}
-    for name, group in groups.items():
-        owners.setdefault(group, set()).add(names.owner(name))
-    return all(len(found) == 1 for group, found in owners.items() if 0 < group < max(owners))
-
-
-def fresh(model: nn.Module, seed: int) -> nn.Module:
-    """Create the same architecture anew, with timm's own random initialisation. The caller's random state stays.
-
-    timm's constructors initialise better than ``reset_parameters``, which shrinks VGG16's pool5 33 times.
-
-    Args:
-        model: A timm model; its number of classes, input channels and image size are taken over.
-        seed: Seed of torch's generators while it is created.
-
-    Raises:
-        ModelError: If the model is not timm's.
-
-    Examples:
-        >>> model = create_model("test_vit", num_classes=3)
-        >>> bool((fresh(model, 0).head.weight == fresh(model, 0).head.weight).all())
-        True
-    """
-    model = names.unwrap(model)
-    if not is_timm(model):
-        raise ModelError(f"{title(model)} is not a timm model, so it cannot be created anew")
-    config = _config(model)
-    arguments: dict[str, Any] = {}
-    if hasattr(model, "num_classes"):
-        arguments["num_classes"] = model.num_classes
-    channels = getattr(model, "in_chans", None) or _input_channels(model)
-    if channels and channels != config.get("input_size", (3,))[0]:
-        arguments["in_chans"] = channels
-    size = _image_size(model, config)
-    if size:
-        arguments["img_size"] = size
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return create_model(str(config["architecture"]), **arguments)
-
-
-def _image_size(model: nn.Module, config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The size in pixels that the model was made for, if that is not the architecture's own."""
-    import timm
-
-    own = timm.get_pretrained_cfg(f"{config['architecture']}.{config.get('tag') or ''}".rstrip("."))
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config.get("input_size", (3, 0, 0))[1:]
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    return None if own is None or size == tuple(own.input_size[1:]) else size
-
-
-def _input_channels(model: nn.Module) -> int | None:
-    return getattr(dict(model.named_modules()).get(_first_conv(model)), "in_channels", None)

@@ -109,6 +109,7 @@ def test_the_keys_of_a_plan():
         "frozen",
         "lr_mult",
         "wd_mult",
+        "layer_decay",
         "mode",
         "reinit",
         "optional",

@@ -178,10 +178,11 @@ def test_depth_of_what_is_not_timms_is_not_known() -> None:
         )
 
     assert str(error.value) == (
-        "ResNet is not a timm model, so its stages are not known; select with match or type\n\n"
-        "role stem is not known: ResNet is not a timm model, so its stem is not known; select with match or type\n\n"
-        "role no_weight_decay is not known: ResNet is not a timm model, so its list of tensors without weight decay is "
-        "not known; select with match or type"
+        "ResNet is no timm model and holds none, so its stages are not known; select with match or type\n\n"
+        "role stem is not known: ResNet is no timm model and holds none, so its stem is not known; select with match "
+        "or type\n\n"
+        "role no_weight_decay is not known: ResNet is no timm model and holds none, so its list of tensors without "
+        "weight decay is not known; select with match or type"
     )
     assert len(frozen_by(model, {"type": "BatchNorm2d", "frozen": True})) == 40
 

@@ -523,7 +523,8 @@ def test_a_role_that_is_not_known_is_named_in_a_phase_too() -> None:
         resolve_plan({"version": 1, "phases": phases, "rules": [ALL]}, nn.Sequential(nn.Linear(2, 2)))
 
     assert str(error.value) == (
-        "role stem is not known: Sequential is not a timm model, so its stem is not known; select with match or type"
+        "role stem is not known: Sequential is no timm model and holds none, so its stem is not known; select with "
+        "match or type"
     )
 
 

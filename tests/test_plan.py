@@ -45,7 +45,7 @@ ACCEPTED_RULES = [
 
 @pytest.mark.parametrize(("rule", "dumped"), ACCEPTED_RULES)
 def test_a_rule_is_accepted(rule, dumped):
-    """A rule selects with match, role or both, and sets a rate, wd_mult, mode or reinit, in any combination."""
+    """A rule selects with match, role or both, and sets a rate, wd_mult, layer_decay, mode or reinit, in any combination."""
     plan = load_plan(with_rule(**rule))
 
     assert plan.model_dump(mode="json", exclude_defaults=True) == {"version": 1, "rules": [dumped]}
@@ -159,7 +159,7 @@ REJECTED_RULES = [
     ),
     pytest.param(
         {"match": "a", "optional": True},
-        "rules[0]: a rule sets something: frozen, lr_mult, wd_mult, mode or reinit",
+        "rules[0]: a rule sets something: frozen, lr_mult, wd_mult, layer_decay, mode or reinit",
         id="no-setting",
     ),
     pytest.param(
@@ -170,7 +170,7 @@ REJECTED_RULES = [
     pytest.param(
         {"match": "a", "lr_mult": 1, "warm_up_epochs": 3},
         "rules[0].warm_up_epochs: unknown key 'warm_up_epochs'\n"
-        "  known keys: match, type, role, stage, frozen, lr_mult, wd_mult, mode, reinit, optional",
+        "  known keys: match, type, role, stage, frozen, lr_mult, wd_mult, layer_decay, mode, reinit, optional",
         id="key-near-nothing",
     ),
 ]
@@ -323,6 +323,7 @@ def test_the_json_schema_forbids_what_the_plan_forbids():
         "frozen": [{"const": True, "type": "boolean"}],
         "lr_mult": [{"exclusiveMinimum": 0, "type": "number"}],
         "wd_mult": [{"minimum": 0, "type": "number"}],
+        "layer_decay": [{"exclusiveMinimum": 0, "maximum": 1, "type": "number"}],
         "mode": [{"enum": ["eval", "train"], "type": "string"}],
         "reinit": [{"type": "boolean"}],
     }

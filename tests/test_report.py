@@ -39,6 +39,7 @@ def test_a_resolution_as_json():
 
     assert found == {
         "model": "ModuleDict",
+        "parts": {},
         "plan": "mine",
         "frozen": {"tensors": 3, "elements": 8},
         "trainable": {"tensors": 2, "elements": 9},

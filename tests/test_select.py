@@ -231,7 +231,7 @@ def test_a_role_that_a_model_lacks_is_refused_with_the_reason():
         resolve_plan("linear_probe", create_model("test_resnet", num_classes=0, meta=True))
 
     assert str(plain.value) == (
-        "linear_probe.yaml:8:12: role head is not known: Linear is not a timm model, "
+        "linear_probe.yaml:8:12: role head is not known: Linear is no timm model and holds none, "
         "so its classifier is not known; select it with match"
     )
     assert str(headless.value) == (
