@@ -217,6 +217,21 @@ def reentrant(model: nn.Module) -> str:
     return ""
 
 
+def reentrant_advice(model: nn.Module) -> str:
+    """Return how to say ``use_reentrant=False`` to what ``reentrant`` found: timm's way, transformers' or torch's.
+
+    Examples:
+        >>> reentrant_advice(create_model("test_vit"))
+        "use_reentrant=False, timm's default: timm.layers.set_reentrant_ckpt(False)"
+    """
+    if any(hasattr(module, "_gradient_checkpointing_func") for module in model.modules()):
+        return (
+            "use_reentrant=False: "
+            'model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
+        )
+    return "use_reentrant=False, timm's default: timm.layers.set_reentrant_ckpt(False)"
+
+
 def _config(model: nn.Module) -> Mapping[str, Any]:
     """Return timm's configuration of a model; empty for others."""
     return cast(Mapping[str, Any], model.pretrained_cfg) if is_timm(model) else {}
