@@ -27,7 +27,7 @@ def held_by(optimizer: Any) -> list[Any]:
     """Return the optimizers that an optimizer holds as attributes, in lists or in dicts, and those that they hold.
 
     Examples:
-        >>> import timm, torch
+        >>> import timm.optim, torch
         >>> base = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
         >>> held_by(timm.optim.Lookahead(base)) == [base]
         True

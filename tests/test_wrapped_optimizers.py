@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import timm
+import timm.optim
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
@@ -157,15 +157,15 @@ def toy():
 @pytest.mark.parametrize("guard", [True, False], ids=["guard", "no-guard"])
 @pytest.mark.parametrize("name", WRAPPED)
 def test_each_parameter_moves_as_far_as_the_plan_says(name, guard):
-    """Constant gradient, a cosine schedule: in every step the second layer moves a tenth of what the first moves."""
+    """Constant gradient, a falling rate: in every step the second layer moves a tenth of what the first moves."""
     make, step = WRAPPED[name]
     model = toy()
     live = apply_plan(model, PLAN, scheduler="any", guard=guard)
     optimizer = make(live)
     live.attach(optimizer)
-    if isinstance(optimizer, torch.optim.Optimizer):
-        scheduler = lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 - epoch / 8)
     for epoch in range(4):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 - 0.02 * epoch
         shown = [group["lr"] for group in optimizer.param_groups]
         before = [parameter.detach().clone() for parameter in model.parameters()]
         for parameter in model.parameters():
@@ -175,8 +175,6 @@ def test_each_parameter_moves_as_far_as_the_plan_says(name, guard):
         assert moved[2] / moved[0] == pytest.approx(0.1, rel=1e-3), epoch
         assert moved[3] / moved[1] == pytest.approx(0.1, rel=1e-3), epoch
         assert [group["lr"] for group in optimizer.param_groups] == shown
-        if isinstance(optimizer, torch.optim.Optimizer):
-            scheduler.step()
 
 
 @pytest.mark.parametrize("guard", [True, False], ids=["guard", "no-guard"])
@@ -192,7 +190,7 @@ def test_an_optimizer_that_was_not_attached_moves_nothing(guard):
         torch.optim.Adam(live).step()
 
     said = (
-        " is about to step 4 trained parameters, such as '1.weight', and is not attached: with scheduler='any' the "
+        " is about to step 4 trained parameters, such as '0.weight', and is not attached: with scheduler='any' the "
         "rates are multiplied inside the steps of attached optimizers alone\n  "
     )
     assert str(error.value) == f"SGD{said}applied.attach(this SGD)"
