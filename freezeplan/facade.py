@@ -226,8 +226,8 @@ class AppliedPlan:
     def param_groups(self) -> list[dict[str, Any]]:
         """Fresh groups for an optimizer, of the parameters that the model has now.
 
-        Each has ``params``, ``param_names``, ``name``, ``lr_mult``, ``wd_mult``, and ``lr``, ``weight_decay``, ``lr_scale``
-        as ``apply_plan`` says. Frozen parameters are in none.
+        Each has ``params``, ``param_names``, ``name``, ``lr_mult``, ``wd_mult``, and ``lr``, ``weight_decay``,
+        ``lr_scale`` as ``apply_plan`` says. Frozen parameters are in none.
         """
         self._check_live()
         self._guard.watch()  # of a copy of the model none are watched until it is trained itself

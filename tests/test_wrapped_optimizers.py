@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import timm.optim
 import torch
@@ -101,7 +103,9 @@ def accelerated(live):
 
 
 def lightning(live):
-    return pytest.importorskip("lightning.pytorch.core.optimizer").LightningOptimizer(sgd(live))
+    wrapped = pytest.importorskip("lightning.pytorch.core.optimizer").LightningOptimizer(sgd(live))
+    wrapped._strategy = SimpleNamespace(optimizer_step=lambda optimizer, closure, **_: optimizer.step(closure))
+    return wrapped
 
 
 def plainly(optimizer):
