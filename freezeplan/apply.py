@@ -217,7 +217,8 @@ def param_groups(
             ``AppliedPlan.attach`` multiplies it during each step. Never two of them.
 
     Returns:
-        One dict for each group with ``params``, ``param_names``, ``name``, ``lr_mult`` and what was said above.
+        One dict for each group with ``params``, ``param_names``, ``name``, ``lr_mult``, ``wd_mult``, and what was said
+        above.
 
     Raises:
         ApplyError: If the groups need a base rate or a base decay that was not given, a parameter is gone, or a rate
@@ -282,6 +283,7 @@ def _entry(
         "param_names": [name for name, _ in named],
         "name": group.name,
         "lr_mult": group.lr_mult,
+        "wd_mult": group.wd_mult,
     }
     if scheduler == "timm":
         entry["lr_scale"] = group.lr_mult

@@ -8,7 +8,7 @@ import itertools
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,16 @@ from freezeplan import (
     boundaries,
     cache,
     delta,
-    faults,
     names,
     phases,
-    rates,
     replay,
     schedules,
-    steps,
     store,
     zoo,
 )
 from freezeplan.calls import undisturbed
 from freezeplan.errors import ApplyError, FreezePlanWarning
+from freezeplan.guard import Guard
 from freezeplan.load import PlanLike, load_plan
 from freezeplan.plan import Plan
 from freezeplan.prefix import Prefix
@@ -150,12 +148,12 @@ def apply_plan(
         weight_decay=weight_decay,
         scheduler=scheduler,
         epochs=epochs,
+        guard=guard,
     )
-    handle._guarded = guard
     apply.enter(live, resolution)
     live.root.__dict__[_ATTRIBUTE] = handle
     _LIVE.add(handle)
-    handle._guard_steps(itertools.chain(*live.parameters.values()))
+    handle._guard.watch(itertools.chain(*live.parameters.values()))
     for use in resolution.weak:
         warnings.warn(": ".join(filter(None, (use.where, use.warning))), FreezePlanWarning, stacklevel=2)
     return handle
@@ -200,6 +198,7 @@ class AppliedPlan:
         weight_decay: float | None,
         scheduler: apply.Scheduler,
         epochs: int | None,
+        guard: bool,
     ):
         self.model = model
         """The model, without wrappers."""
@@ -208,13 +207,9 @@ class AppliedPlan:
         self._lr, self._weight_decay, self._scheduler = lr, weight_decay, scheduler
         self._epochs = epochs
         self._progress = phases.Progress()
-        self._multiplier: rates.Multiplier | None = None
+        self._guard = Guard(model, resolution, self._phase_index, scheduler, closely=guard)
         self._before = before
         self._seal: Seal | None = None
-        self._guarded = True
-        self._steps: steps.Steps | None = None
-        self._told = False
-        self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
         self._memoised: tuple[Any, boundaries.Cuts] | None = None
 
     @property
@@ -231,11 +226,11 @@ class AppliedPlan:
     def param_groups(self) -> list[dict[str, Any]]:
         """Fresh groups for an optimizer, of the parameters that the model has now.
 
-        Each has ``params``, ``param_names``, ``name``, ``lr_mult``, and ``lr``, ``weight_decay``, ``lr_scale`` as
-        ``apply_plan`` says. Frozen parameters are in none.
+        Each has ``params``, ``param_names``, ``name``, ``lr_mult``, ``wd_mult``, and ``lr``, ``weight_decay``,
+        ``lr_scale`` as ``apply_plan`` says. Frozen parameters are in none.
         """
         self._check_live()
-        self._guard_steps()  # of a copy of the model none are watched until it is trained itself
+        self._guard.watch()  # of a copy of the model none are watched until it is trained itself
         return apply.param_groups(
             self.model, self.resolution, lr=self._lr, weight_decay=self._weight_decay, scheduler=self._scheduler
         )
@@ -254,7 +249,10 @@ class AppliedPlan:
 
     @property
     def _part(self) -> Resolution:
-        return self.resolution.parts[phases.phase_at(self.plan.phases, self._progress, self._epochs)]
+        return self.resolution.parts[self._phase_index()]
+
+    def _phase_index(self) -> int:
+        return phases.phase_at(self.plan.phases, self._progress, self._epochs)
 
     def step(
         self,
@@ -299,10 +297,10 @@ class AppliedPlan:
             False all 47
         """
         self._check_live()
-        if self._scheduler == "any" and self._multiplier is None:
+        if self._scheduler == "any" and not self._guard.attached:
             raise ApplyError("scheduler='any' multiplies inside optimizer.step()", notes=["applied.attach(optimizer)"])
-        if self._guarded:
-            self._check(f"seen before epoch {epoch}")
+        if self._guard.closely:
+            self._guard.check((), f"seen before epoch {epoch}")
         before = self._part
         moved = phases.advance(self.plan.phases, self._progress, self._epochs, epoch, metrics or {})
         after = self.resolution.parts[phases.phase_at(self.plan.phases, moved, self._epochs)]
@@ -328,23 +326,22 @@ class AppliedPlan:
     def _enter(self) -> None:
         self._memoised = None
         apply.enter(names.survey(self.model), self._part)
-        if self._steps is not None:
-            self._steps.again()
-        if self._multiplier is not None:
-            self._multiplier.use(self._rates())
+        self._guard.enter_phase()
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Multiply this optimizer's rates inside each of its steps, for ``scheduler="any"``.
+    def attach(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Multiply the rates of these optimizers inside each of their steps, for ``scheduler="any"``.
 
         What a scheduler writes into ``lr`` is the base rate and is never changed, so the ratios hold under warm-ups,
         floors, restarts and OneCycle alike.
 
         Args:
-            optimizer: Made from ``param_groups``; gets two hooks, which ``undo`` takes away.
+            *optimizers: All that train this model, made from ``param_groups``. Each gets two hooks, which ``undo``
+                takes away. One that holds another (Lookahead, SAM, what accelerate or Lightning prepared) is followed
+                to it, and each group is multiplied once, however steps are nested.
 
         Raises:
-            ApplyError: If the plan was applied for another scheduler, is not live, or the optimizer misses a trained
-                parameter or multiplies already.
+            ApplyError: If the plan was applied for another scheduler, is not live, or the optimizers miss a trained
+                parameter, multiply already, or torch hooks no step that moves a parameter of the plan.
 
         Examples:
             >>> from freezeplan.zoo import create_model
@@ -356,17 +353,7 @@ class AppliedPlan:
             >>> scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
         """
         self._check_live()
-        if self._scheduler != "any":
-            raise ApplyError(
-                f"this plan was applied with scheduler={self._scheduler!r}, so its groups are multiplied already",
-                notes=["apply_plan(model, plan, scheduler='any'), then attach"],
-            )
-        trained = apply.trained(self.model, self.resolution)
-        rates.check_fresh(optimizer, {id(parameter): name for named in trained for name, parameter in named})
-        if self._multiplier is not None:
-            self._multiplier.remove()
-        self._multiplier = rates.Multiplier(optimizer, self._rates())
-        self._watch([optimizer])
+        self._guard.attach(optimizers)
 
     def check(self, *optimizers: torch.optim.Optimizer) -> None:
         """Refuse what other code did to the model since the plan was applied, and optimizers that break it.
@@ -399,53 +386,7 @@ class AppliedPlan:
             freezeplan.errors.ApplyError: OneCycleLR flattened the rates: group 'lr_mult=0.5' has lr 0.004, ...
         """
         self._check_live()
-        if optimizers:
-            self._watch(optimizers)
-        self._check("")
-
-    def _watch(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        self._optimizers, self._told = [weakref.ref(optimizer) for optimizer in optimizers], True
-
-    def _guard_steps(self, now: Iterable[nn.Parameter] | None = None) -> None:
-        """Watch the steps of every optimizer; what is called back keeps this plan and its model alive no longer."""
-        if self._guarded and self._steps is None:
-            here = weakref.ref(self)
-            self._steps = steps.Steps(
-                lambda: live.model.parameters() if (live := here()) is not None else (),
-                lambda optimizer, when: live._look(optimizer, when) if (live := here()) is not None else None,
-                lambda optimizer: live._factors(optimizer) if (live := here()) is not None else [],
-                now,
-            )
-
-    def _look(self, optimizer: torch.optim.Optimizer, when: str) -> None:
-        if self._multiplier is not None:
-            self._multiplier.restore()
-        if all(found is not optimizer for found in self._watched()):
-            self._optimizers.append(weakref.ref(optimizer))
-        self._check(when, stepping=optimizer)
-
-    def _factors(self, optimizer: torch.optim.Optimizer) -> list[float | None]:
-        return schedules.factors(optimizer, self._rates(), self._scheduler)
-
-    def _watched(self) -> list[torch.optim.Optimizer]:
-        return [found for found in (reference() for reference in self._optimizers) if found is not None]
-
-    def _check(self, when: str, stepping: torch.optim.Optimizer | None = None) -> None:
-        problems = faults.of_model(self.model, self._part, stepping)
-        if not problems:
-            watched = self._watched() if stepping is None else [stepping]
-            problems = faults.of_optimizers(
-                self.model,
-                self.resolution,
-                watched,
-                self._rates(),
-                self._scheduler,
-                all_known=self._told and stepping is None,
-                stepping=stepping is not None,
-            )
-        if problems:
-            notes = (when,) if when else ()
-            raise ApplyError(dataclasses.replace(found, notes=(*found.notes, *notes)) for found in problems)
+        self._guard.check(optimizers)
 
     def scheduler_kwargs(self, scheduler: type | str, **arguments: Any) -> dict[str, Any]:
         """Return a torch scheduler's arguments with each absolute rate as a list, so that it keeps the plan's ratios.
@@ -470,15 +411,6 @@ class AppliedPlan:
         if self._scheduler != "torch":
             raise ApplyError(f"this plan was applied with scheduler={self._scheduler!r}, so schedulers take base rates")
         return schedules.arguments(scheduler, [group.lr_mult for group in self.resolution.groups], arguments)
-
-    def _rates(self) -> dict[int, float]:
-        """``id`` of each live trained parameter -> its multiplier in the phase that holds now."""
-        index = phases.phase_at(self.plan.phases, self._progress, self._epochs)
-        return {
-            id(parameter): group.rates[index] or group.lr_mult  # frozen now: what its group says has no effect
-            for group, named in zip(self.resolution.groups, apply.trained(self.model, self.resolution), strict=True)
-            for _, parameter in named
-        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return how far the training is, as plain data for a checkpoint; the plan is in it, to be compared."""
@@ -527,7 +459,7 @@ class AppliedPlan:
         """
         if self._seal is None:
             raise ApplyError("nothing to compare with: no seal was taken", notes=["call seal() before training"])
-        return compare(self.model, self.resolution, self._seal, self._watched())
+        return compare(self.model, self.resolution, self._seal, self._guard.optimizers)
 
     def save_delta(self, path: str | Path) -> None:
         """Write what the training changed into a file that goes onto the base it was made on, and onto no other.
@@ -553,7 +485,9 @@ class AppliedPlan:
             ['probe.safetensors']
         """
         self._check_live()
-        found = compare(self.model, self.resolution, self._seal, self._watched()) if self._seal is not None else None
+        found = (
+            compare(self.model, self.resolution, self._seal, self._guard.optimizers) if self._seal is not None else None
+        )
         if found is not None and not found:
             raise ApplyError(
                 f"{len(found.moved)} frozen tensors and buffers moved since the seal, so no base would fit this delta",
@@ -677,34 +611,22 @@ class AppliedPlan:
         """What can be kept, found once a phase and shape of images."""
         facts = (sample.shape, sample.dtype, repr(cache.arithmetic(sample.device)))
         if self._memoised is None or self._memoised[0] != facts:
-            index = phases.phase_at(self.plan.phases, self._progress, self._epochs)
+            index = self._phase_index()
             self._memoised = facts, boundaries.find_cuts(self.model, self.resolution, index, sample)
         return self._memoised[1]
 
     def undo(self) -> None:
         """Give the model back its flags and modes, take the pins away, clear gradients. Values stay. Twice is once."""
         if applied(self.model) is self:
-            if self._multiplier is not None:
-                self._multiplier.remove()
-                self._multiplier = None
-            if self._steps is not None:
-                self._steps.remove()
-                self._steps = None
+            self._guard.remove()
             self._unseal()
             apply.restore(names.survey(self.model), self._before)
             del self.model.__dict__[_ATTRIBUTE]
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model, an average of its weights for one, is attached to no optimizer and lies elsewhere.
+        # A copy of the model, an average of its weights for one, lies elsewhere.
         seal = self._seal and dataclasses.replace(self._seal, places={})
-        gone: dict[str, Any] = {
-            "_multiplier": None,
-            "_steps": None,
-            "_optimizers": [],
-            "_told": False,
-            "_memoised": None,
-        }
-        return {**self.__dict__, **gone, "_seal": seal}
+        return {**self.__dict__, "_memoised": None, "_seal": seal}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -6,7 +6,8 @@ Each check compares the live model with its Resolution. They run at the first st
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 from torch.amp import GradScaler
@@ -21,19 +22,37 @@ _NO_INF = "'No inf checks were recorded'"
 _REPLACED = "load_state_dict(assign=True), to_empty, reset_classifier and fully_shard replace parameters"
 
 
-def of_model(model: nn.Module, part: Resolution, stepping: Optimizer | None = None) -> list[Problem]:
+@dataclass(frozen=True)
+class Multipliers:
+    """What the plan multiplies for each live trained parameter, by its ``id``."""
+
+    rates: Mapping[int, float]
+    """Its rate, in the phase that holds now."""
+    decays: Mapping[int, float]
+    """Its weight decay."""
+
+
+def of_model(
+    model: nn.Module,
+    part: Resolution,
+    stepping: Optimizer | None = None,
+    is_new: Callable[[nn.Parameter], bool] = lambda _: False,
+) -> list[Problem]:
     """Return what of a model is not as its plan left it.
 
     Args:
         model: The model, without wrappers.
         part: What the plan means for it in the phase that it is in.
         stepping: The optimizer that is about to step, if one is: loops with several switch off what the others train.
+        is_new: Whether a parameter came into the model after the plan was applied.
     """
     held = None if stepping is None else {id(p) for group in stepping.param_groups for p in group["params"]}
-    return [*_parameters(model, part, held), *_modes(model, part), *_reentrant(model, part), *_units(model)]
+    return [*_parameters(model, part, held, is_new), *_modes(model, part), *_reentrant(model, part), *_units(model)]
 
 
-def _parameters(model: nn.Module, part: Resolution, held: set[int] | None) -> Iterator[Problem]:
+def _parameters(
+    model: nn.Module, part: Resolution, held: set[int] | None, is_new: Callable[[nn.Parameter], bool]
+) -> Iterator[Problem]:
     live = names.parameters(model)
     known = {name for row in part.rows for name in (row.name, *row.aliases)}
     advice = (_REPLACED, "apply_plan(..., replace=True) takes the model as it is now")
@@ -49,7 +68,15 @@ def _parameters(model: nn.Module, part: Resolution, held: set[int] | None) -> It
         yield Problem(
             f"{_count(reshaped, 'parameter', _IS)} of another shape than when the plan was applied", notes=advice
         )
-    thawed = [row.name for row, found in rows if row.frozen and any(p.requires_grad for p in found)]
+    trained = [(row.name, found) for row, found in rows if row.frozen and any(p.requires_grad for p in found)]
+    swapped = [name for name, found in trained if any(p.requires_grad and is_new(p) for p in found)]
+    if swapped:
+        yield Problem(
+            f"{_count(swapped, 'frozen parameter')} replaced after the plan was applied, and what replaced it is "
+            "trained",
+            notes=("a module that is swapped in brings parameters of its own: swap it, then apply the plan", advice[1]),
+        )
+    thawed = [name for name, _ in trained if name not in set(swapped)]
     if thawed:
         yield Problem(
             f"{_count(thawed, 'frozen parameter')} set to requires_grad=True by other code",
@@ -111,7 +138,7 @@ def _reentrant(model: nn.Module, part: Resolution) -> Iterator[Problem]:
         yield Problem(
             f"{found} checkpoints with use_reentrant=True behind a frozen prefix: {first.name!r} and what else is in "
             "its segment get no gradient, without an error",
-            notes=("use_reentrant=False, timm's default: timm.layers.set_reentrant_ckpt(False)",),
+            notes=(zoo.reentrant_advice(model),),
         )
 
 
@@ -147,7 +174,7 @@ def of_optimizers(
     model: nn.Module,
     resolution: Resolution,
     optimizers: Sequence[Optimizer],
-    rates: Mapping[int, float],
+    multipliers: Multipliers,
     kind: str,
     *,
     all_known: bool,
@@ -159,7 +186,7 @@ def of_optimizers(
         model: The model, without wrappers.
         resolution: What the plan means for it, in all phases.
         optimizers: Those that train it.
-        rates: ``id`` of a live trained parameter -> its multiplier now.
+        multipliers: Those of what is trained, now.
         kind: For whom the plan was applied: ``torch``, ``timm`` or ``any``.
         all_known: Whether these are all, so that what is trained must be in one of them.
         stepping: Whether it is about to step.
@@ -187,9 +214,9 @@ def of_optimizers(
                     notes=("leave it out of the loop until a phase trains what it holds",),
                 )
             )
-        flattened = schedules.fault(optimizer, rates, kind, stepping=stepping)
-        if flattened is not None:
-            problems.append(flattened)
+        flattened = schedules.fault(optimizer, multipliers.rates, kind, stepping=stepping)
+        decayed = schedules.decay_fault(optimizer, multipliers.decays)
+        problems += [found for found in (flattened, decayed) if found is not None]
     return problems
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch.optim import Optimizer
 
 from freezeplan.errors import ApplyError, Problem, did_you_mean
+from freezeplan.wrapped import held_by
 
 _LISTS: Mapping[str, tuple[str, ...]] = {
     "OneCycleLR": ("max_lr",),
@@ -68,20 +70,75 @@ def arguments(scheduler: type | str, multipliers: Sequence[float], given: Mappin
     }
 
 
-def factors(optimizer: Optimizer, rates: Mapping[int, float], kind: str) -> list[float | None]:
-    """Return, for each group, the multiplier that should be in its ``lr``; None for one that the plan does not know.
+@dataclass(frozen=True)
+class Ratios:
+    """For each group of an optimizer, what its values should be multiples of; None where the plan does not know it."""
 
-    Takes what ``fault`` takes. With ``any`` it is 1: ``attach`` multiplies later.
+    rates: Sequence[float | None]
+    """The multiplier that should be in ``lr``."""
+    decays: Sequence[float | None]
+    """The factor that should be in ``weight_decay``."""
+
+    def hold(self, values: Sequence[tuple[float, float | None]]) -> bool:
+        """Whether rates and weight decays, a pair for each group, are one base each times the factors.
+
+        Examples:
+            >>> ratios = Ratios([0.5, 1.0], [0.0, 1.0])
+            >>> ratios.hold([(0.05, 0.0), (0.1, 0.4)]), ratios.hold([(0.05, 0.4), (0.1, 0.4)])
+            (True, False)
+        """
+        rates = [(lr, factor) for (lr, _), factor in zip(values, self.rates, strict=True) if factor is not None]
+        decays = [
+            (decay, factor)
+            for (_, decay), factor in zip(values, self.decays, strict=True)
+            if factor is not None and decay is not None
+        ]
+        return all(not pairs or alike(*map(list, zip(*pairs, strict=True))) for pairs in (rates, decays))
+
+
+def ratios(optimizer: Optimizer, rates: Mapping[int, float], decays: Mapping[int, float], kind: str) -> Ratios:
+    """Return, for each group, the factors that should be in its ``lr`` and its ``weight_decay``.
+
+    Takes what ``fault`` and ``decay_fault`` take. With ``any`` the one of ``lr`` is 1: ``attach`` multiplies later.
 
     Examples:
         >>> import torch
         >>> one, two = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
-        >>> factors(torch.optim.SGD([{"params": [one]}, {"params": [two]}]), {id(one): 0.5}, "torch")
-        [0.5, None]
+        >>> ratios(torch.optim.SGD([{"params": [one]}, {"params": [two]}]), {id(one): 0.5}, {id(one): 1.0}, "torch")
+        Ratios(rates=[0.5, None], decays=[1.0, None])
     """
-    known = {id(group): factor for _, _, factor, group in _known(optimizer, rates)}
-    found = [known.get(id(group)) for group in optimizer.param_groups]
-    return [factor and 1.0 for factor in found] if kind == "any" else found
+    found = [_one(group, rates) for group in optimizer.param_groups]
+    once = [factor and 1.0 for factor in found] if kind == "any" else found
+    return Ratios(once, [_one(group, decays) for group in optimizer.param_groups])
+
+
+def _one(group: Mapping[str, Any], factors: Mapping[int, float]) -> float | None:
+    """The factor of a group's parameters; None where the plan knows none of them, or they need several."""
+    several = _multipliers(group, factors)
+    return several.pop() if len(several) == 1 else None
+
+
+def decay_fault(optimizer: Optimizer, decays: Mapping[int, float]) -> Problem | None:
+    """Say whether an optimizer's weight decays have lost the plan's ratios; None if they hold.
+
+    Args:
+        optimizer: An optimizer whose groups came from ``applied.param_groups``.
+        decays: ``id`` of a parameter -> the factor of its weight decay.
+    """
+    found = [
+        (str(group.get("name") or index), float(group["weight_decay"]), factor)
+        for index, group in enumerate(optimizer.param_groups)
+        if group.get("weight_decay") is not None and (factor := _one(group, decays)) is not None
+    ]
+    if not found or alike([decay for _, decay, _ in found], [factor for *_, factor in found]):
+        return None
+    table = ", ".join(
+        f"group {name!r} has weight_decay {decay:g} and wd_mult {factor:g}" for name, decay, factor in found[:4]
+    )
+    return Problem(
+        f"the weight decays no longer have the plan's ratios: {table}",
+        notes=('a schedule of weight decay multiplies: group["weight_decay"] = wd * group["wd_mult"]',),
+    )
 
 
 def _known(optimizer: Optimizer, rates: Mapping[int, float]) -> list[tuple[str, float, float, dict[str, Any]]]:
@@ -147,9 +204,11 @@ def fault(optimizer: Optimizer, rates: Mapping[int, float], kind: str, *, steppi
 
 
 def alike(lrs: Sequence[float], factors: Sequence[float]) -> bool:
-    """Whether the rates are one base times the factors."""
-    bases = [lr / factor for lr, factor in zip(lrs, factors, strict=True)]
-    return max(bases) - min(bases) <= _TOLERANCE * max(map(abs, bases))
+    """Whether the values are one base times the factors; where a factor is 0 the value must be."""
+    if any(lr != 0 for lr, factor in zip(lrs, factors, strict=True) if factor == 0):
+        return False
+    bases = [lr / factor for lr, factor in zip(lrs, factors, strict=True) if factor]
+    return not bases or max(bases) - min(bases) <= _TOLERANCE * max(map(abs, bases))
 
 
 def _table(found: Sequence[tuple[str, float, float, Any]]) -> str:
@@ -165,14 +224,29 @@ def _twice(kind: str) -> str:
 
 
 def _schedulers(optimizer: Optimizer) -> list[Any]:
-    """Return the schedulers of an optimizer, among all objects that refer to it."""
+    """Return the schedulers of an optimizer and of what holds it, among all objects that refer to them."""
+    holders = [optimizer, *(found for found in _referrers(optimizer) if _holds(found, optimizer))]
     return [
         found
-        for found in gc.get_referrers(optimizer)
-        if getattr(found, "optimizer", None) is optimizer
+        for holder in holders
+        for found in _referrers(holder)
+        if getattr(found, "optimizer", None) is holder
+        and not hasattr(found, "param_groups")
         and hasattr(found, "step")
         and (hasattr(found, "base_lrs") or hasattr(found, "base_values") or type(found).__name__ in _LISTS)
     ]
+
+
+def _holds(found: Any, optimizer: Optimizer) -> bool:
+    return isinstance(getattr(found, "param_groups", None), list) and any(one is optimizer for one in held_by(found))
+
+
+def _referrers(thing: object) -> list[Any]:
+    """Return the objects with ``thing`` as an attribute; some keep their attributes in a dict, others need none."""
+    direct = gc.get_referrers(thing)
+    inside = [found for kept in direct if type(kept) is dict for found in gc.get_referrers(kept)]
+    owners = [found for found in (*direct, *inside) if hasattr(found, "step") and not isinstance(found, type)]
+    return list({id(found): found for found in owners}.values())
 
 
 def _advice(schedulers: Sequence[Any], factors: Sequence[float]) -> list[str]:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from freezeplan.schedules import alike
+from freezeplan.schedules import Ratios
 
 Look = Callable[[Optimizer, str], None]
 """Checks a model and an optimizer of it, and raises; is told when it looked."""
@@ -32,22 +32,28 @@ class _Seen:
     """Whether it holds a parameter that is or was the model's."""
     steps: int
     flags: list[tuple[weakref.ref[nn.Parameter], bool]] = field(default_factory=list)
-    factors: list[float | None] = field(default_factory=list)
-    rates: list[float] | None = None
+    ratios: Ratios | None = None
+    values: list[tuple[Any, Any]] | None = None
+    """Rate and weight decay of each group."""
 
 
-class Steps:
+class OptimizerWatcher:
     """Watches all optimizers for those that hold a parameter of one model, and keeps neither alive.
 
     Args:
         parameters: Those of the model now, frozen ones included; read again for each optimizer that is new.
         look: The close check, at the first step of each optimizer and where something changed.
-        factors: An optimizer -> for each group the multiplier that its rate should have, None where there is none.
+        ratios: An optimizer -> for each group the factors that its rate and its weight decay should have.
+        is_multiplied: Whether a step that is running, of this optimizer or of one around it, was looked at and has
+            multiplied its rates.
         now: Those of the model now, if they were looked up already.
+        closely: Whether flags, rates and weight decay are compared at each later step.
 
     Examples:
         >>> weight = nn.Parameter(torch.ones(1))
-        >>> steps = Steps(lambda: [weight], lambda optimizer, when: print(when), lambda optimizer: [1.0])
+        >>> watcher = OptimizerWatcher(
+        ...     lambda: [weight], lambda _, when: print(when), lambda _: Ratios([1.0], [None]), lambda _: False
+        ... )
         >>> optimizer, other = torch.optim.SGD([weight]), torch.optim.SGD([nn.Parameter(torch.ones(1))])
         >>> optimizer.step(), other.step(), optimizer.step()
         seen at the first step of SGD
@@ -55,23 +61,27 @@ class Steps:
         >>> _ = weight.requires_grad_(False)
         >>> optimizer.step()
         first seen at step 3 of SGD
-        >>> steps.remove()
+        >>> watcher.remove()
     """
 
     def __init__(
         self,
         parameters: Callable[[], Iterable[nn.Parameter]],
         look: Look,
-        factors: Callable[[Optimizer], list[float | None]],
+        ratios: Callable[[Optimizer], Ratios],
+        is_multiplied: Callable[[Optimizer], bool],
         now: Iterable[nn.Parameter] | None = None,
+        *,
+        closely: bool = True,
     ):
-        self._parameters, self._look, self._factors = parameters, look, factors
+        self._parameters, self._look, self._ratios = parameters, look, ratios
+        self._is_multiplied, self._closely = is_multiplied, closely
         found = parameters() if now is None else now
         self._known = {id(parameter): weakref.ref(parameter) for parameter in found}
         self._seen: weakref.WeakKeyDictionary[Optimizer, _Seen] = weakref.WeakKeyDictionary()
         _watch(self)
 
-    def again(self) -> None:
+    def recheck(self) -> None:
         """Look closely at each optimizer once more when it steps next; a new phase has other flags and rates."""
         for seen in self._seen.values():
             seen.groups = -1
@@ -82,15 +92,18 @@ class Steps:
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Look at an optimizer that is about to step."""
+        if self._is_multiplied(optimizer):
+            return
         seen = self._seen.get(optimizer)
         if seen is None or seen.groups != len(optimizer.param_groups):
             steps = seen.steps if seen else 0
             seen = _Seen(len(optimizer.param_groups), self._is_ours(optimizer), steps)
             if seen.ours:
                 self._look(optimizer, _when(optimizer, steps))
-                seen.flags, seen.factors = self._flags(optimizer), self._factors(optimizer)
+                if self._closely:
+                    seen.flags, seen.ratios = self._flags(optimizer), self._ratios(optimizer)
             self._seen[optimizer] = seen
-        elif seen.ours and (self._flipped(seen) or self._flattened(optimizer, seen)):
+        elif seen.ours and self._closely and (self._flipped(seen) or self._flattened(optimizer, seen)):
             self._look(optimizer, _when(optimizer, seen.steps))
             seen.flags = self._flags(optimizer)
         seen.steps += 1
@@ -114,39 +127,46 @@ class Steps:
 
     @staticmethod
     def _flipped(seen: _Seen) -> bool:
-        return any((p := found()) is not None and p.requires_grad is not flag for found, flag in seen.flags)
+        for found, flag in seen.flags:
+            parameter = found()
+            if parameter is not None and parameter.requires_grad is not flag:
+                return True
+        return False
 
     def _flattened(self, optimizer: Optimizer, seen: _Seen) -> bool:
-        rates = [group["lr"] for group in optimizer.param_groups]
-        if any(isinstance(rate, torch.Tensor) for rate in rates) or rates == seen.rates:
-            return False  # to read a tensor may wait for a device: that is left to the checks between epochs
-        seen.rates = rates
-        known = [(rate, factor) for rate, factor in zip(rates, seen.factors, strict=True) if factor]
-        return bool(known) and not alike(*map(list, zip(*known, strict=True)))
+        groups = optimizer.param_groups
+        values = [(group["lr"], group.get("weight_decay")) for group in groups]
+        for rate, decay in values:
+            if isinstance(rate, torch.Tensor) or isinstance(decay, torch.Tensor):
+                return False  # to read a tensor may wait for a device: that is left to the checks between epochs
+        if values == seen.values:
+            return False
+        seen.values = values
+        return seen.ratios is not None and not seen.ratios.hold(values)
 
 
-_live: weakref.WeakSet[Steps] = weakref.WeakSet()
+_live: weakref.WeakSet[OptimizerWatcher] = weakref.WeakSet()
 _hook: list[RemovableHandle] = []
 """The one hook, while there is any. It is not taken away when the last plan is collected as garbage: that may be in the
 middle of some optimizer's step, which walks over the hooks."""
 
 
-def _watch(steps: Steps) -> None:
+def _watch(watcher: OptimizerWatcher) -> None:
     if not _hook:
         _hook.append(register_optimizer_step_pre_hook(_before_step))
-    _live.add(steps)
+    _live.add(watcher)
 
 
-def _unwatch(steps: Steps) -> None:
-    _live.discard(steps)
+def _unwatch(watcher: OptimizerWatcher) -> None:
+    _live.discard(watcher)
     if not _live and _hook:
         _hook.pop().remove()
 
 
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
     if not torch.compiler.is_compiling():
-        for steps in list(_live):
-            steps.before_step(optimizer)
+        for watcher in list(_live):
+            watcher.before_step(optimizer)
 
 
 def _when(optimizer: Optimizer, steps: int) -> str:

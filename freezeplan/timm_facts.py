@@ -381,3 +381,18 @@ def reentrant(model: nn.Module) -> str:
         if asked and getattr(module, "gradient_checkpointing", False) and not needs_gradient:
             return repr(names.canonical_module(name)) if name else title(model)
     return ""
+
+
+def reentrant_advice(model: nn.Module) -> str:
+    """Return how to say ``use_reentrant=False`` to what ``reentrant`` found: timm's way, transformers' or torch's.
+
+    Examples:
+        >>> reentrant_advice(nn.Linear(2, 2))
+        "use_reentrant=False, timm's default: timm.layers.set_reentrant_ckpt(False)"
+    """
+    if any(hasattr(module, "_gradient_checkpointing_func") for module in model.modules()):
+        return (
+            "use_reentrant=False: "
+            'model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
+        )
+    return "use_reentrant=False, timm's default: timm.layers.set_reentrant_ckpt(False)"

@@ -25,12 +25,23 @@ from freezeplan.timm_facts import (
     no_weight_decay,
     read_part,
     reentrant,
+    reentrant_advice,
     superseded,
     timm_version,
     title,
 )
 
-__all__ = ["create_model", "describe", "is_timm", "model_names", "reentrant", "timm_version", "title", "version"]
+__all__ = [
+    "create_model",
+    "describe",
+    "is_timm",
+    "model_names",
+    "reentrant",
+    "reentrant_advice",
+    "timm_version",
+    "title",
+    "version",
+]
 
 _BIAS = re.compile(r"(?:\w+_)?bias(?:_[ih]h_l\d+(?:_reverse)?)?")
 _DRAWS = re.compile(r"\bdrop\w*\(|dropout_p\b|self\.dropout,")

@@ -127,7 +127,7 @@ def test_optimizers_that_take_turns_say_nothing(model):
             parameter.requires_grad_(True)
     live.step(epoch=1)
 
-    assert {*live._watched()} == {first, second}
+    assert {*live._guard.optimizers} == {first, second}
 
 
 def test_other_models_optimizers_and_copies_are_left_alone(model):
@@ -139,8 +139,8 @@ def test_other_models_optimizers_and_copies_are_left_alone(model):
     train(other, torch.optim.SGD(other.parameters(), lr=0.1))
 
     assert list(_live) == watching
-    assert [twin._freezeplan._steps for twin in (average, restored)] == [None, None]
-    assert not live._watched()
+    assert [twin._freezeplan._guard._watcher for twin in (average, restored)] == [None, None]
+    assert not live._guard.optimizers
 
 
 def test_a_copy_that_is_trained_is_watched(model):
