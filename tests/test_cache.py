@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchvision import transforms
 from typer.testing import CliRunner
 
-from freezeplan import FreezePlanError, FreezePlanWarning, apply_plan, cache, store
+from freezeplan import FreezePlanError, FreezePlanWarning, apply_plan, cache, fill, reader, store, writer
 from freezeplan.cli import app
 from freezeplan.errors import ApplyError
 from freezeplan.replay import capture
@@ -44,7 +44,7 @@ def live():
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(cache, "SHARD_BYTES", 4 * 64 * 64 * 3 * 4)
+    monkeypatch.setattr(fill, "SHARD_BYTES", 4 * 64 * 64 * 3 * 4)
 
 
 def test_features_are_the_models_answers_so_far(live, tmp_path):
@@ -209,8 +209,8 @@ def test_random_augmentation_is_refused(live, tmp_path, transform):
 def test_a_fixed_transform_is_no_augmentation(tmp_path):
     """Resizing and cropping draw nothing, and a number that equals nothing, not even itself, is the same each time."""
     fixed = transforms.Compose([transforms.Resize(72), transforms.CenterCrop(64)])
-    cache.check_fixed(Transformed(fixed), 1, 0)
-    cache.check_fixed(Transformed(transforms.RandomErasing(0.25)), 2, 0)
+    reader.check_fixed(Transformed(fixed), 1, 0)
+    reader.check_fixed(Transformed(transforms.RandomErasing(0.25)), 2, 0)
 
 
 @pytest.mark.parametrize(
@@ -310,6 +310,7 @@ def test_what_is_no_image_is_named(live, tmp_path):
         live.cached([], tmp_path)
 
     transform = "\n  let the data set's transform end in ToTensor and Normalize, as for training"
+    transform += "\n  of bytes: prepare=module, which takes a batch of them and gives what the model gets"
     begins = "an item of the data set is an image, or begins with one, as a floating-point tensor; found a "
     assert messages == [
         f"{begins}torch.uint8 tensor{transform}",
@@ -497,7 +498,8 @@ def test_three_phases_run_the_first_layers_once(tmp_path, monkeypatch, stages, f
         pixels[-1] += len(given) if earlier is None else 0
         return capture(model, prefixes, given, earlier)
 
-    monkeypatch.setattr(cache, "capture", counting)
+    for module in (cache, fill):
+        monkeypatch.setattr(module, "capture", counting)
     for epoch in range(3):
         live.step(epoch=epoch)
         with torch.no_grad():
@@ -659,7 +661,7 @@ def test_a_full_disk_is_an_error_of_the_folder(live, tmp_path, monkeypatch):
     def full(*_):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(cache, "save_file", full)
+    monkeypatch.setattr(writer, "save_file", full)
     with pytest.raises(FreezePlanError) as error:
         live.cached(data(), tmp_path)
 
@@ -700,12 +702,12 @@ def test_what_killed_processes_left_goes_with_the_next_write(live, tmp_path):
 
 WORK = """
     import sys, torch
-    from freezeplan import apply_plan, cache
+    from freezeplan import apply_plan, fill
     from freezeplan.zoo import create_model
     from torch.utils.data import TensorDataset
 
     def work(where):
-        cache.SHARD_BYTES = 4 * 64 * 64 * 3 * 4
+        fill.SHARD_BYTES = 4 * 64 * 64 * 3 * 4
         torch.manual_seed(0)
         torch.set_num_threads(1)
         model = create_model("resnet18", num_classes=3)
