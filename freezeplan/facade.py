@@ -623,7 +623,7 @@ class AppliedPlan:
             prepare: Takes a batch of raw images, (N, ...) of any type, on the device, and gives what the model gets,
                 (N, C, H, W) and floating-point. Then the data set gives raw images, for example bytes, and these are
                 read, hashed and copied to the device. What it does goes into the names of the files: its class,
-                settings, text (``repr``) and tensors. It is moved to the device, and stays there.
+                settings, text (``repr``) and tensors. It is moved to the model's device.
             batch_size: Images a pass.
             device: Where the passes run, there and back again; where the model is if not given.
             workers: Processes that read images.
@@ -685,6 +685,8 @@ class AppliedPlan:
                 cache.check_stored(self.model, found[0].prefix, sample, features, dtype)
             finally:
                 self.model.to(home)
+                if prepare is not None:
+                    prepare.to(home)
         return features, cuts.rest
 
     def _cuts(self, sample: torch.Tensor) -> boundaries.Cuts:

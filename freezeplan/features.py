@@ -6,7 +6,7 @@ import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ class Features(Dataset[Any]):
         computed: Rows that were computed and not found on disk.
         seconds: That computing them took.
         device: Where ``batch`` gives features.
+        kept: Where they are kept.
         memory: All of them, (views * count, E), on that device or in host memory; None: they are on disk alone.
         writer: What still writes them to disk.
     """
@@ -49,6 +50,7 @@ class Features(Dataset[Any]):
         computed: int = 0,
         seconds: float = 0.0,
         device: torch.device | None = None,
+        kept: Literal["device", "host", "disk"] = "disk",
         memory: Tensor | None = None,
         writer: Writer | None = None,
     ):
@@ -58,6 +60,8 @@ class Features(Dataset[Any]):
         self.seconds = seconds
         self._device = device or torch.device("cpu")
         self._memory, self._writer, self._process = memory, writer, os.getpid()
+        self.kept = kept
+        """Where they are: on the ``device``, in memory of the ``host``, or on ``disk``."""
         self._open: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -67,13 +71,6 @@ class Features(Dataset[Any]):
     def device(self) -> torch.device:
         """Where ``batch`` gives features."""
         return self._device
-
-    @property
-    def kept(self) -> str:
-        """Where they are kept: ``device``, ``host`` (its memory) or ``disk``."""
-        if self._memory is None:
-            return "disk"
-        return "device" if self._memory.device == self._device and not self._memory.is_pinned() else "host"
 
     def __getitem__(self, index: int) -> Any:
         try:
@@ -167,7 +164,7 @@ class Features(Dataset[Any]):
             self._writer.wait()
             if self._writer.error is not None:
                 raise self._writer.error
-        return {**self.__dict__, "_open": {}, "_memory": None, "_writer": None, "_process": 0}
+        return {**self.__dict__, "_open": {}, "_memory": None, "_writer": None, "kept": "disk"}
 
 
 class Images(Dataset[Any]):

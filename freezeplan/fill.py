@@ -22,7 +22,7 @@ from freezeplan import store
 from freezeplan.cache import Boundary
 from freezeplan.errors import FreezePlanError
 from freezeplan.features import Features
-from freezeplan.memory import FeatureDtype, Keep, allocate, choose, now_on, to_device
+from freezeplan.memory import FeatureDtype, Keep, allocate, choose, now_on, to_device, without_waiting
 from freezeplan.reader import Batches, Reader, Targets, digest, prepared, prepared_by, read
 from freezeplan.replay import capture
 from freezeplan.writer import Writer, acquire, is_whole, load, release, wait_for_writers
@@ -95,7 +95,7 @@ def fill(
     return Features(
         [boundaries[0].folder / name for name in passes.names], most * batch_size, passes.targets,
         count=len(reader) // views, views=views, computed=passes.computed, seconds=passes.seconds, device=home,
-        memory=memory, writer=writer,
+        kept=place, memory=memory, writer=writer,
     )  # fmt: skip
 
 
@@ -122,8 +122,8 @@ class _Shard:
     locks: dict[Path, FileLock] = field(default_factory=dict)
     features: dict[int, Tensor] = field(default_factory=dict)
     """Number of the boundary -> features, (N, E)."""
-    overflow: list[Tensor] = field(default_factory=list)
-    """The largest feature of a batch that the data type cannot hold, or 0."""
+    overflow: Tensor | None = None
+    """The largest feature that the data type cannot hold, or 0; in host memory once it is ready."""
     ready: torch.cuda.Event | None = None
 
     def give_back(self) -> None:
@@ -235,7 +235,7 @@ class _Passes:
             else:
                 size = (len(images), prefix.elements)
                 shard.features[at] = torch.empty(size, dtype=numbers, device=self.device)
-        row = 0
+        row, overflow = 0, []
         for batch in given:
             there = to_device(batch, self.device)
             parts = capture(self.model, prefixes, there if ahead else prepared(there, self.prepare), ahead)
@@ -243,10 +243,12 @@ class _Passes:
                 kept = shard.features[at][row : row + len(batch)].copy_(part)
                 if part.is_floating_point() and torch.finfo(part.dtype).max > torch.finfo(numbers).max:
                     lost = part.isfinite() & ~kept.isfinite()
-                    shard.overflow.append(torch.where(lost, part.abs(), 0).amax())
+                    overflow.append(torch.where(lost, part.abs(), 0).amax())
             row += len(batch)
         if 0 in shard.features and self.memory is not None and self.memory.device != self.device:
             shard.features[0] = self.memory[shard.rows].copy_(shard.features[0], non_blocking=True)
+        if overflow:
+            shard.overflow = without_waiting(torch.stack(overflow).amax().float())
         shard.ready = now_on(self.device)
         self.computed += len(images)
         self.seconds += time.perf_counter() - started
@@ -258,12 +260,12 @@ class _Passes:
         time.
         """
         started = time.perf_counter()
-        if shard.overflow and (largest := float(torch.stack(shard.overflow).amax())) > 0:
+        if shard.ready is not None:
+            shard.ready.synchronize()
+        if shard.overflow is not None and (largest := float(shard.overflow)) > 0:
             raise FreezePlanError(
                 f"a feature of {largest:.3g} is too large for {self.dtype}", notes=["dtype='bfloat16' or 'float32'"]
             )
-        if shard.ready is not None:
-            shard.ready.synchronize()
         self.seconds += time.perf_counter() - started if shard.features else 0
         if self.memory is None or set(shard.features) - {0}:
             self.writer.wait()

@@ -94,6 +94,13 @@ def now_on(device: torch.device) -> torch.cuda.Event | None:
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
+def without_waiting(tensor: Tensor) -> Tensor:
+    """Return a tensor in host memory, whose values are there once a GPU has done what it was told so far."""
+    if tensor.device.type != "cuda":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
 def to_host(tensor: Tensor, ready: torch.cuda.Event | None = None) -> Tensor:
     """Return a tensor in host memory, and wait for it; not for what else a GPU was told meanwhile.
 

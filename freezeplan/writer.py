@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,7 @@ class Writer:
     def _refused(self, error: FreezePlanError) -> None:
         self.error = error
         if self._warn:
-            with warnings.catch_warnings():  # where warnings are errors, this one would end the thread
-                warnings.simplefilter("default")
+            with suppress(FreezePlanWarning):  # where warnings are errors
                 warnings.warn(
                     f"training goes on with features in memory, and the next run computes them again: {error}",
                     FreezePlanWarning,

@@ -706,7 +706,7 @@ WORK = """
     from freezeplan.zoo import create_model
     from torch.utils.data import TensorDataset
 
-    def work(where):
+    def work(where, keep="auto"):
         fill.SHARD_BYTES = 4 * 64 * 64 * 3 * 4
         torch.manual_seed(0)
         torch.set_num_threads(1)
@@ -714,11 +714,11 @@ WORK = """
         live = apply_plan(model, "linear_probe", lr=0.1)
         data = TensorDataset(torch.randn(120, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
         print("ready", flush=True)
-        features, _ = live.cached(data, where, batch_size=4)
+        features, _ = live.cached(data, where, batch_size=4, keep=keep)
         return features.computed, features.batch(range(120))
 
     if __name__ == "__main__":
-        torch.save(work(sys.argv[1]), sys.argv[2])
+        torch.save(work(sys.argv[1], *sys.argv[3:]), sys.argv[2])
 """
 
 
@@ -744,7 +744,8 @@ def test_two_processes_share_the_work(work, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_twenty_times(work, tmp_path):
+@pytest.mark.parametrize(("keep", "times"), [("disk", 20), ("device", 10)])
+def test_killed_many_times(work, tmp_path, keep, times):
     """At random moments: what is there is whole, and the rerun's features are those of an uninterrupted run.
 
     Each waits for a random number of shards and a little longer: a fast or a busy machine is hit in the middle too.
@@ -754,10 +755,10 @@ def test_killed_twenty_times(work, tmp_path):
     chance, partly = random.Random(0), 0
     try:
         _, expected = function(tmp_path / "whole")
-        for number in range(20):
+        for number in range(times):
             where = tmp_path / f"killed{number}"
             with subprocess.Popen(
-                [sys.executable, str(work), str(where), str(where / "out.pt")], stdout=subprocess.PIPE
+                [sys.executable, str(work), str(where), str(where / "out.pt"), keep], stdout=subprocess.PIPE
             ) as process:
                 process.stdout.readline()
                 moment = chance.randrange(25)
