@@ -86,6 +86,10 @@ class Halt:
 
         monkeypatch.setattr(writer, "save_file", waiting)
 
+    def let_go(self):
+        self.gate.set()
+        writer.wait_for_writers()
+
 
 def test_the_disk_is_written_beside_the_training(live, tmp_path, monkeypatch):
     """Features are used before a file is there; who needs the files waits for them."""
@@ -105,8 +109,7 @@ def test_a_full_disk_ends_no_training(live, tmp_path, monkeypatch):
     halt = Halt(monkeypatch, SafetensorError("No space left on device"))
     features, _ = live.cached(data(), tmp_path, batch_size=2, keep="device")
     with pytest.warns(FreezePlanWarning) as caught:
-        halt.gate.set()
-        writer.wait_for_writers()
+        halt.let_go()
     with pytest.raises(FreezePlanError) as error:
         pickle.dumps(features)
 
@@ -129,9 +132,14 @@ def test_a_limit_that_is_reached_ends_no_training(live, tmp_path):
     live.cached(data(), tmp_path)
     kept = store.used(tmp_path)
     other = TensorDataset(data().tensors[0] + 1)
-    with pytest.warns(FreezePlanWarning, match="next run computes them again: .*the limit is"):
+
+    def cached():
         features, _ = live.cached(other, tmp_path, keep="device", limit=kept + 1000)
         writer.wait_for_writers()
+        return features
+
+    with pytest.warns(FreezePlanWarning, match="next run computes them again: .*the limit is"):
+        features = cached()
 
     assert (features.kept, features.computed) == ("device", 10)
     assert store.used(tmp_path) <= kept + 1000
