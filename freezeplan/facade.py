@@ -21,8 +21,11 @@ from freezeplan import (
     boundaries,
     cache,
     delta,
+    fill,
+    memory,
     names,
     phases,
+    reader,
     replay,
     schedules,
     store,
@@ -30,6 +33,7 @@ from freezeplan import (
 )
 from freezeplan.calls import undisturbed
 from freezeplan.errors import ApplyError, FreezePlanWarning
+from freezeplan.features import Features, Images
 from freezeplan.guard import Guard
 from freezeplan.load import PlanLike, load_plan
 from freezeplan.plan import Plan
@@ -528,27 +532,39 @@ class AppliedPlan:
         directory: str | Path | None = None,
         *,
         views: int = 1,
-        dtype: cache.FeatureDtype = "float32",
+        dtype: memory.FeatureDtype = "float32",
+        keep: memory.Keep = "auto",
+        prepare: nn.Module | None = None,
         batch_size: int = 32,
         device: torch.device | str | None = None,
         workers: int = 0,
         limit: int | None = None,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
-    ) -> tuple[cache.Features, replay.Rest]:
+    ) -> tuple[Features | Images, nn.Module]:
         """Compute what the frozen part gives for every image once, and train on that from then on.
 
         The features of images that are on disk already are not computed again. Before it returns, the pass over
         features is compared with the plain one: answers and gradients, with the trained parameters as they are and
         changed at random. With phases, the features of later ones are kept in the same pass where they are no larger
-        than the images; call this again when ``step`` returns True.
+        than the images; call this again when ``step`` returns True. In a phase in which nothing can be kept it gives
+        the images and the model, so that the same loop trains every phase.
 
         Args:
             dataset: Gives images, (C, H, W) and floating-point, or tuples that begin with one, the same each time.
             directory: Where features are kept; the user's cache folder if not given. It may be shared by plans, models
                 and data sets, and by processes, which then share the work.
             views: Number of fixed augmented versions of each image; then the data set may augment at random.
-            dtype: Of the numbers on disk. float32 keeps results; the others take half the room.
+            dtype: Of the numbers that are kept. float32 keeps results; the others take half the room.
+            keep: Where features are while a model is trained on them. ``device``: where the model is; ``host``: in host
+                memory, which a GPU copies batches from by itself; ``disk``: in memory-mapped files. What is larger
+                than half of the memory that is free goes to the next of these, with a warning. ``auto``: ``device``
+                where that is a CUDA device, else ``disk``. The files are written in any case: with ``disk`` before
+                this returns, otherwise by a thread, beside the training.
+            prepare: Takes a batch of raw images, (N, ...) of any type, on the device, and gives what the model gets,
+                (N, C, H, W) and floating-point. Then the data set gives raw images, for example bytes, and these are
+                read, hashed and copied to the device. What it does goes into the names of the files: its class,
+                settings, text (``repr``) and tensors. It is moved to the model's device.
             batch_size: Images a pass.
             device: Where the passes run, there and back again; where the model is if not given.
             workers: Processes that read images.
@@ -559,11 +575,12 @@ class AppliedPlan:
         Returns:
             A data set with the same length and targets and features for images, and the module to train on them: its
             parameters are the model's own trained ones, so the optimizer, averages and checkpoints stay valid, and
-            the model itself can be evaluated on images at any time.
+            the model itself can be evaluated on images at any time. In a phase in which nothing can be kept: the images
+            in that shape, and the model.
 
         Raises:
-            ApplyError: If an argument is none that is possible, nothing can be memoised, the images are not the same
-                each time, or the comparison fails.
+            ApplyError: If an argument is none that is possible, nothing can be memoised and the plan has no phases, the
+                images are not the same each time, or the comparison fails.
             FreezePlanError: If the features do not fit, the directory cannot be used, or an image has another shape
                 than the first.
 
@@ -582,29 +599,38 @@ class AppliedPlan:
             True
         """
         self._check_live()
-        cache.check_arguments(dataset, views=views, batch_size=batch_size, dtype=dtype)
+        reader.check_arguments(dataset, views=views, batch_size=batch_size, dtype=dtype, keep=keep, prepare=prepare)
         home = next(self.model.parameters()).device
         there = home if device is None else torch.device(device)
-        cache.check_fixed(dataset, views, seed)
+        reader.check_fixed(dataset, views, seed, prepare)
         where = store.default_directory() if directory is None else Path(directory)
         with undisturbed(self.model):
             self.model.to(there)
             try:
-                sample = cache.first_images(dataset, views, seed).to(there)
+                raw = reader.first_images(dataset, views, seed, prepare).to(there)
+                prepare = prepare if prepare is None else prepare.to(there)
+                reader.check_prepare(prepare, raw)
+                sample = reader.prepared(raw, prepare)
+                if self.plan.phases and (obstacle := self.prefix(sample).obstacle):
+                    images = Images(dataset, views=views, seed=seed, prepare=prepare, device=home, reason=obstacle)
+                    return images, self.model
                 cuts = self._cuts(sample)
                 found, earlier = boundaries.places(self.model, self.resolution, cuts, where, dtype, there)
                 self.model.train()
                 with replay.channels_last(self.model, [one.prefix for one in found], sample):
-                    features = cache.fill(
+                    features = fill.fill(
                         self.model, found, dataset, views=views, seed=seed, dtype=dtype, batch_size=batch_size,
-                        device=there, workers=workers, limit=limit, progress=progress, earlier=earlier,
+                        device=there, home=home, workers=workers, limit=limit, progress=progress, earlier=earlier,
+                        keep=keep, prepare=prepare,
                     )  # fmt: skip
-                    batch = cache.first_batch(dataset, views, seed, batch_size)
-                    features.size_difference = cache.check_stored(
-                        self.model, found[0].prefix, batch, features, dtype, there
+                    batch = reader.prepared(
+                        reader.first_batch(dataset, views, seed, batch_size, prepare).to(there), prepare
                     )
+                    features.size_difference = cache.check_stored(self.model, found[0].prefix, batch, features, there)
             finally:
                 self.model.to(home)
+                if prepare is not None:
+                    prepare.to(home)
         return features, cuts.rest
 
     def _cuts(self, sample: torch.Tensor) -> boundaries.Cuts:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchvision import transforms
 from typer.testing import CliRunner
 
-from freezeplan import FreezePlanError, FreezePlanWarning, apply_plan, cache, store
+from freezeplan import FreezePlanError, FreezePlanWarning, apply_plan, cache, fill, reader, store, writer
 from freezeplan.cli import app
 from freezeplan.errors import ApplyError
 from freezeplan.replay import capture
@@ -44,7 +44,7 @@ def live():
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(cache, "SHARD_BYTES", 4 * 64 * 64 * 3 * 4)
+    monkeypatch.setattr(fill, "SHARD_BYTES", 4 * 64 * 64 * 3 * 4)
 
 
 def test_features_are_the_models_answers_so_far(live, tmp_path):
@@ -209,8 +209,8 @@ def test_random_augmentation_is_refused(live, tmp_path, transform):
 def test_a_fixed_transform_is_no_augmentation(tmp_path):
     """Resizing and cropping draw nothing, and a number that equals nothing, not even itself, is the same each time."""
     fixed = transforms.Compose([transforms.Resize(72), transforms.CenterCrop(64)])
-    cache.check_fixed(Transformed(fixed), 1, 0)
-    cache.check_fixed(Transformed(transforms.RandomErasing(0.25)), 2, 0)
+    reader.check_fixed(Transformed(fixed), 1, 0)
+    reader.check_fixed(Transformed(transforms.RandomErasing(0.25)), 2, 0)
 
 
 @pytest.mark.parametrize(
@@ -310,6 +310,7 @@ def test_what_is_no_image_is_named(live, tmp_path):
         live.cached([], tmp_path)
 
     transform = "\n  let the data set's transform end in ToTensor and Normalize, as for training"
+    transform += "\n  of bytes: prepare=module, which takes a batch of them and gives what the model gets"
     begins = "an item of the data set is an image, or begins with one, as a floating-point tensor; found a "
     assert messages == [
         f"{begins}torch.uint8 tensor{transform}",
@@ -497,7 +498,8 @@ def test_three_phases_run_the_first_layers_once(tmp_path, monkeypatch, stages, f
         pixels[-1] += len(given) if earlier is None else 0
         return capture(model, prefixes, given, earlier)
 
-    monkeypatch.setattr(cache, "capture", counting)
+    for module in (cache, fill):
+        monkeypatch.setattr(module, "capture", counting)
     for epoch in range(3):
         live.step(epoch=epoch)
         with torch.no_grad():
@@ -661,7 +663,7 @@ def test_a_full_disk_is_an_error_of_the_folder(live, tmp_path, monkeypatch):
     def full(*_):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(cache, "save_file", full)
+    monkeypatch.setattr(writer, "save_file", full)
     with pytest.raises(FreezePlanError) as error:
         live.cached(data(), tmp_path)
 
@@ -702,23 +704,23 @@ def test_what_killed_processes_left_goes_with_the_next_write(live, tmp_path):
 
 WORK = """
     import sys, torch
-    from freezeplan import apply_plan, cache
+    from freezeplan import apply_plan, fill
     from freezeplan.zoo import create_model
     from torch.utils.data import TensorDataset
 
-    def work(where):
-        cache.SHARD_BYTES = 4 * 64 * 64 * 3 * 4
+    def work(where, keep="auto"):
+        fill.SHARD_BYTES = 4 * 64 * 64 * 3 * 4
         torch.manual_seed(0)
         torch.set_num_threads(1)
         model = create_model("resnet18", num_classes=3)
         live = apply_plan(model, "linear_probe", lr=0.1)
         data = TensorDataset(torch.randn(120, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
         print("ready", flush=True)
-        features, _ = live.cached(data, where, batch_size=4)
+        features, _ = live.cached(data, where, batch_size=4, keep=keep)
         return features.computed, features.batch(range(120))
 
     if __name__ == "__main__":
-        torch.save(work(sys.argv[1]), sys.argv[2])
+        torch.save(work(sys.argv[1], *sys.argv[3:]), sys.argv[2])
 """
 
 
@@ -744,7 +746,8 @@ def test_two_processes_share_the_work(work, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_twenty_times(work, tmp_path):
+@pytest.mark.parametrize(("keep", "times"), [("disk", 20), ("device", 10)])
+def test_killed_many_times(work, tmp_path, keep, times):
     """At random moments: what is there is whole, and the rerun's features are those of an uninterrupted run.
 
     Each waits for a random number of shards and a little longer: a fast or a busy machine is hit in the middle too.
@@ -754,10 +757,10 @@ def test_killed_twenty_times(work, tmp_path):
     chance, partly = random.Random(0), 0
     try:
         _, expected = function(tmp_path / "whole")
-        for number in range(20):
+        for number in range(times):
             where = tmp_path / f"killed{number}"
             with subprocess.Popen(
-                [sys.executable, str(work), str(where), str(where / "out.pt")], stdout=subprocess.PIPE
+                [sys.executable, str(work), str(where), str(where / "out.pt"), keep], stdout=subprocess.PIPE
             ) as process:
                 process.stdout.readline()
                 moment = chance.randrange(25)

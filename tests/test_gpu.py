@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from freezeplan import FreezePlanWarning, apply_plan, fill, memory, writer
 from freezeplan.experiment.arms import load_arms
 from freezeplan.experiment.checkpoint import Checkpoint
+from freezeplan.experiment.pixels import Normalisation, Prepare
 from freezeplan.experiment.processes import Processes
 from freezeplan.experiment.train import Epoch, Run, Settings, train_arm
 from freezeplan.experiment.voc import Split
@@ -135,3 +138,86 @@ def test_one_process_of_nccl_sums_what_it_has(tmp_path: Path) -> None:
         distributed.destroy_process_group()
 
     assert all(torch.equal(one, two) for one, two in zip(values, before, strict=True))
+
+
+def kept(directory: Path, keep: str = "auto", where: str = "cuda", **arguments: Any) -> Any:
+    """Features of 40 images of bytes, in shards of eight."""
+    model = build("vgg16_slim_fc256", classes=3, image_size=64, weights="random", seed=0).cuda()
+    live = apply_plan(model, "voc_vgg16/frozen_convs", lr=1e-4)
+    images = torch.randint(256, (40, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    prepare = Prepare(Normalisation((0.5,) * 3, (0.25,) * 3), channels_last=True)
+    return live.cached(
+        TensorDataset(images.to(where), torch.arange(40) % 3), directory, batch_size=8, keep=keep, prepare=prepare,
+        **arguments,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fill, "SHARD_BYTES", 8 * 3 * 64 * 64 * 4)
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_every_place_gives_the_same_features(tmp_path: Path, where: str) -> None:
+    """On the GPU unless said otherwise; computed and found; items are in host memory, for a loader that pins them."""
+    first, _ = kept(tmp_path / "device", where=where)
+    expected = first.batch(range(40))
+
+    assert (first.kept, first.computed, expected.device.type) == ("device", 40, "cuda")
+    for keep in ("host", "disk", "device"):
+        for directory in (tmp_path / keep, tmp_path / keep):
+            features, _ = kept(directory, keep, where)
+            assert features.kept == keep
+            assert torch.equal(features.batch(range(40)), expected)
+            assert torch.equal(features.batch(torch.tensor([3, 1])), expected[[3, 1]])
+            loaded = torch.cat([x for x, _ in DataLoader(features, batch_size=8, pin_memory=True)])
+            assert torch.equal(loaded, expected.cpu())
+            spawned = DataLoader(features, batch_size=8, num_workers=2)
+            assert torch.equal(torch.cat([x for x, _ in spawned]), expected.cpu())
+
+
+def test_a_step_on_features_of_the_gpu_waits_for_nothing(tmp_path: Path) -> None:
+    """Indices from the GPU; torch itself says where anybody waits."""
+    features, rest = kept(tmp_path)
+    writer.wait_for_writers()
+    rows = torch.randperm(40, device="cuda")
+    rest.train()(features.batch(rows[:8]))  # what a first pass sets up
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for part in rows.split(8):
+            rest(features.batch(part)).float().sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.usefixtures("small_shards")
+def test_what_does_not_fit_on_the_gpu_is_in_host_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = memory.free_memory
+    assert 0 < free(torch.device("cuda")) <= torch.cuda.get_device_properties(0).total_memory
+    monkeypatch.setattr(memory, "free_memory", lambda device: 0 if device.type == "cuda" else free(device))
+
+    with pytest.warns(FreezePlanWarning, match="they are kept in host memory"):
+        features, _ = kept(tmp_path)
+
+    assert (features.kept, features.batch([0]).device.type) == ("host", "cuda")
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_no_pass_over_a_shard_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a shard nobody waits for the GPU: torch itself says so."""
+    compute = fill._Passes._compute
+
+    def watched(*arguments: Any) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            compute(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    kept(tmp_path / "first")  # what a first pass sets up
+    monkeypatch.setattr(fill._Passes, "_compute", watched)
+
+    assert kept(tmp_path / "second", dtype="bfloat16")[0].computed == 40

@@ -9,17 +9,22 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from freezeplan import AppliedPlan
-from freezeplan.cache import FeatureDtype, Features
 from freezeplan.experiment.pixels import Pixels
+from freezeplan.features import Features, Images
+from freezeplan.memory import FeatureDtype
 
 
 class Give(Protocol):
     """Rows of a split to what the module gets for them."""
 
     def __call__(self, rows: Tensor, moves: Tensor | None = None) -> Tensor:
-        """Return it for rows (N,), on the split's device; images moved, where ``moves`` are given."""
+        """Return it for rows (N,), on the split's device; images moved, where ``moves`` are given.
+
+        Where the rows are on that device too, nobody waits for it, unless features are larger than its memory.
+        """
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,9 @@ def feed(
 ) -> Feed:
     """Say what a model is trained and validated on, in the phase that its plan is in.
 
+    Features are kept on a CUDA device where they fit, as ``AppliedPlan.cached`` says; images are read, hashed and
+    copied as bytes.
+
     Args:
         applied: The plan on the model.
         data: Training and validation images.
@@ -77,20 +85,27 @@ def feed(
     if not worth or augmented:
         return Feed(applied.model, train, val, spoilt=worth)
     made = [
-        applied.cached(images, directory, batch_size=batch_size, dtype=dtype, limit=limit, progress=progress)
-        for images in data
+        applied.cached(
+            TensorDataset(split.images),
+            directory,
+            prepare=split.prepare,
+            batch_size=batch_size,
+            dtype=dtype,
+            limit=limit,
+            progress=progress,
+        )
+        for split in data
     ]
     features, module = [one for one, _ in made], made[0][1]
     computed, seconds = sum(one.computed for one in features), sum(one.seconds for one in features)
-    kept = [_Kept(one, train.device) for one in features]
+    kept = [_Kept(one) for one in features]
     return Feed(module, kept[0], kept[1], kept=True, computed=computed, seconds=seconds)
 
 
 @dataclass(frozen=True)
 class _Kept:
-    features: Features
-    device: torch.device
+    features: Features | Images
 
     def __call__(self, rows: Tensor, moves: Tensor | None = None) -> Tensor:
         assert moves is None, "augmented images have no features"
-        return self.features.batch(rows).to(self.device)
+        return self.features.batch(rows)

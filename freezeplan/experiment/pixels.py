@@ -107,6 +107,39 @@ def moved(images: Tensor, moves: Tensor) -> Tensor:
     return images[each, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
+class Prepare(nn.Module):
+    """Bytes to what a model gets.
+
+    Args:
+        how: How they are normalised.
+        channels_last: Order of the numbers in memory.
+
+    Examples:
+        >>> Prepare(Normalisation((0.5,) * 3, (0.25,) * 3), channels_last=False)
+        Prepare(RGB, less 0.5, 0.5, 0.5, by 0.25, 0.25, 0.25)
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, how: Normalisation, *, channels_last: bool):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(how.mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(how.std).view(-1, 1, 1))
+        self.turned = how.turned
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._how = str(how)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return images (N, 3, S, S) of bytes as float32, normalised."""
+        images = images.float().div(255).sub(self.mean).div(self.std)
+        return (images.flip(1) if self.turned else images).contiguous(memory_format=self.memory_format)
+
+    def extra_repr(self) -> str:
+        """Say it in words."""
+        return self._how
+
+
 class Pixels(Dataset[Tensor]):
     """A split's images as a model expects them.
 
@@ -118,20 +151,18 @@ class Pixels(Dataset[Tensor]):
     """
 
     def __init__(self, model: nn.Module, split: Split, *, normalise: Normalise, channels_last: bool):
-        found = normalisation(model.pretrained_cfg, normalise)
-        device = split.images.device
-        self._images = split.images
-        self._mean, self._std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (found.mean, found.std))
-        self._turned = found.turned
-        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self.images = split.images
+        """Bytes, (N, 3, S, S)."""
+        self.prepare = Prepare(normalisation(model.pretrained_cfg, normalise), channels_last=channels_last)
+        self.prepare.to(self.device)
 
     @property
     def device(self) -> torch.device:
         """Where the images are."""
-        return self._images.device
+        return self.images.device
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self.images)
 
     def __getitem__(self, row: int) -> Tensor:
         if not 0 <= row < len(self):
@@ -140,7 +171,6 @@ class Pixels(Dataset[Tensor]):
 
     def __call__(self, rows: Tensor, moves: Tensor | None = None) -> Tensor:
         """Return the images of some rows, (N, 3, S, S), float32, on the split's device; moved if asked for."""
-        images = self._images[rows.to(self.device)]
-        images = images if moves is None else moved(images, moves)
-        images = images.float().div(255).sub(self._mean).div(self._std)
-        return (images.flip(1) if self._turned else images).contiguous(memory_format=self._format)
+        images = self.images[rows.to(self.device, non_blocking=True)]
+        found: Tensor = self.prepare(images if moves is None else moved(images, moves))
+        return found

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from freezeplan import AppliedPlan, Plan, apply_plan
-from freezeplan.cache import FeatureDtype
 from freezeplan.errors import FreezePlanWarning, ModelError
 from freezeplan.experiment.checkpoint import Checkpoint
 from freezeplan.experiment.feed import Feed, Give, feed
@@ -26,6 +25,7 @@ from freezeplan.experiment.model import Flatten
 from freezeplan.experiment.pixels import Augment, Normalise, Pixels, draw
 from freezeplan.experiment.processes import Processes
 from freezeplan.experiment.voc import LabelRule, Resize, Split
+from freezeplan.memory import FeatureDtype
 
 OptimizerName = Literal["rmsprop-tf1", "rmsprop", "adamw", "sgd"]
 Amp = Literal["bf16", "fp16"]
