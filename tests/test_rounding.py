@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from freezeplan import apply_plan, cache
+from freezeplan import apply_plan
 from freezeplan.errors import ApplyError
 from freezeplan.experiment.command import voc_vgg16
 from freezeplan.replay import Rest
@@ -200,9 +202,9 @@ def test_one_changed_bit_of_what_is_stored_is_found(relative, monkeypatch, tmp_p
     live = apply_plan(create_model("test_resnet", num_classes=3), "linear_probe")
     live.cached(images, tmp_path, batch_size=4)
     (shard,) = tmp_path.rglob("*.safetensors")
-    stored = cache.safe_open(shard, "pt").__enter__().get_tensor("features").clone()
+    stored = safe_open(shard, "pt").__enter__().get_tensor("features").clone()
     stored[3, 7] = torch.nextafter(stored[3, 7], torch.tensor(torch.inf))
-    cache.save_file({"features": stored}, shard)
+    save_file({"features": stored}, shard)
 
     with pytest.raises(ApplyError) as caught:
         live.cached(images, tmp_path, batch_size=4)
