@@ -403,8 +403,8 @@ def page() -> str:
             NOTE,
             f"Each of {len(FAULTS)} faults is put into a short training of "
             f"{', '.join(f'`{name}`' for name in MODELS)}. `{WITH_NORM[-1]}` replaces a model that lacks what a fault "
-            "needs: batch norm, or a block with both frozen and trained layers. The training calls `seal`, checks its optimizer, and calls `applied.step(epoch=e)` "
-            "before each epoch.\n",
+            "needs: batch norm, or a block with both frozen and trained layers. The training calls `seal`, checks its "
+            "optimizer, and calls `applied.step(epoch=e)` before each epoch.\n",
             "| found by | the fault happens |",
             "| --- | --- |",
             "| `step()` | between two epochs; the next `applied.step` reports it |",
