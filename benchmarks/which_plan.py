@@ -2,9 +2,9 @@
 
 ``python benchmarks/which_plan.py flowers5_voc.tar --weights tf_efficientnet_lite0.safetensors``
 
-Each plan starts from the same weights and the same new classifier, and trains with AdamW for a few epochs. A plan with a
-frozen prefix trains on cached features; its time includes computing them, for training and validation images. The rate
-is chosen on the validation images whose error is reported, so every error is a little too good, for each plan alike.
+Each plan starts from the same weights and the same new classifier, and trains with AdamW for a few epochs. A plan with
+a frozen prefix trains on cached features; its time includes computing them, for training and validation images. The
+rate is chosen on the validation images whose error is reported, so every error is a little too good, for each plan alike.
 Compare times by their ratio: plans take turns, so other work on the machine slows all of them.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -104,6 +105,7 @@ def main() -> None:
         for rate in RATES:
             for plan in plans:
                 result = train(start, plan, rate, data, epochs=given.epochs, batch_size=given.batch_size, seed=seed)
+                print(f"{plan}, {rate:g}, seed {seed}: {result.error:.1f} %, {result.seconds:.1f} s", file=sys.stderr)
                 results[plan][rate].append(result)
 
     sizes = f"{len(splits[0].labels):,} training and {len(splits[1].labels):,} validation images"
