@@ -4,7 +4,7 @@
 
 Each plan starts from the same weights and the same new classifier, and trains with AdamW for a few epochs. A plan with
 a frozen prefix trains on cached features; its time includes computing them, for training and validation images. The
-rate is chosen on the validation images whose error is reported, so every error is a little too good, for each plan alike.
+rate is chosen on the validation images whose error is reported, so every error is a little too low.
 Compare times by their ratio: plans take turns, so other work on the machine slows all of them.
 """
 
