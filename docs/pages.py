@@ -1,9 +1,9 @@
-"""Write the pages and pictures of this folder that are computed: ``python docs/pages.py``.
+"""Write the generated pages and pictures of this folder: ``python docs/pages.py``.
 
-``zoo.md`` says what is known of each architecture module of timm, ``presets.md`` what each preset does on four models,
-``plan.md`` what a plan may say, ``errors.md`` what is said of plans with mistakes. Models are created on the meta
-device; nothing is downloaded. ``--left-out`` first asks every model of timm what its matcher leaves out, for
-``tests/left_out.json``; that takes minutes, and ``pytest -m zoo`` compares.
+``zoo.md`` lists the facts about each architecture module of timm, ``presets.md`` the effect of each preset on four
+models, ``plan.md`` every key of a plan, ``errors.md`` the messages for plans with mistakes. Models are created on the
+meta device; nothing is downloaded. ``--left-out`` first finds the tensors outside timm's layer groups in every model,
+for ``tests/left_out.json``; that takes minutes, and ``pytest -m zoo`` compares.
 """
 
 from __future__ import annotations
@@ -54,20 +54,19 @@ def zoo() -> str:
     """Return ``zoo.md``: one row for each architecture module."""
     models = json.loads((HERE.parent / "tests" / "zoo.json").read_text(encoding="utf-8"))
     names = Counter(timm.models._registry._model_to_module[name] for name in timm.list_models())
-    columns = ("module", "models", "example", "stem", "stages", *ROLES, "left out by timm's matcher")
+    columns = ("module", "models", "example", "stem", "stages", *ROLES, "not in timm's layer groups")
     lines = [
-        "# What is known of timm's architectures\n",
+        "# timm's architectures\n",
         NOTE,
         f"One model of each of the {len(models)} architecture modules of timm {timm.__version__}, with ten classes. "
         "The columns of roles count tensors.\n",
-        "*Left out* are tensors that timm's `group_matcher` does not match and puts into the last group, as if they "
-        "were the classifier. In a plan they have the stage of the tensor ahead of them, `layer_decay` gives them "
-        "timm's own rate, and every report of a plan that speaks of depth lists them. Where timm has no matcher, the "
-        "stages are the layers. The last column counts the module's models that have such tensors, with any of the "
-        "parts that are left out whole in one of them.\n",
-        "*pos_embed* are position embeddings and the position biases of attention, absolute and relative: learned "
-        "tensors, and the convolutions and small networks that make them.\n",
-        "Every model of timm by name is held against five presets, and against the last column, by `pytest -m zoo`.\n",
+        "timm's `group_matcher` does not match some tensors and puts them into the last group, together with the "
+        "classifier. In a plan such a tensor has the stage of the tensor before it. `layer_decay` gives it timm's own "
+        "rate. A report lists it if the plan uses depth. The last column counts the models of a module that have such "
+        "tensors, and names the parts. Where timm has no matcher, the stages are the layers.\n",
+        "*pos_embed* means position embeddings and the position biases of attention, absolute and relative: learned "
+        "tensors, and the convolutions and small networks that compute them.\n",
+        "`pytest -m zoo` checks every model of timm with five presets, and the last column.\n",
         row(columns),
         row("---" for _ in columns),
         *(row(_known(module, entry["model"], names[module])) for module, entry in sorted(models.items())),
@@ -114,13 +113,29 @@ def presets() -> str:
         "# The presets\n",
         NOTE,
         'A preset is a plan that ships with the package: `apply_plan(model, "linear_probe", lr=1e-3)`. '
-        "The tables count what is trained, of all tensors and of all parameters; a preset with phases has a line for "
-        "each that changes something. `freezeplan show PRESET MODEL` says it for any other model.\n",
-        "The stages of VGG16 are its five blocks of convolutions, and it has no stem; those of ResNet-50 are `layer1` "
-        "to `layer4`; those of ViT-B/16 its twelve blocks, the last one with the final norm; those of EfficientNet-B0 "
-        "its seven `blocks`, the last one with `conv_head`. So `stage: ..3` is seven convolutions of VGG16, the stem "
-        "and `layer1` to `layer3` of ResNet-50, and on ViT-B/16 the patch embedding, class token, position embedding "
-        "and blocks 0 to 2.\n",
+        "The tables count trained tensors and trained parameters. A preset with phases has a row for each phase that "
+        "changes something. `freezeplan show PRESET MODEL` prints the same for any other model.\n",
+        row(("model", "stem", "stages", "`stage: ..3` selects")),
+        row(["---"] * 4),
+        row(("VGG16", "none", "five blocks of convolutions", "seven convolutions")),
+        row(("ResNet-50", "`conv1`, `bn1`", "`layer1` to `layer4`", "the stem and `layer1` to `layer3`")),
+        row(
+            (
+                "ViT-B/16",
+                "patch embedding, class token, position embedding",
+                "twelve blocks, the last one with the final norm",
+                "the stem and blocks 0 to 2",
+            )
+        ),
+        row(
+            (
+                "EfficientNet-B0",
+                "`conv_stem`, `bn1`",
+                "seven `blocks`, the last one with `conv_head`",
+                "the stem and blocks 0 to 2",
+            )
+        ),
+        "",
     ]
     for name in shipped():
         plan = load_plan(name)
@@ -152,8 +167,8 @@ def _trained(title: str, resolution: Resolution) -> Iterator[str]:
 OWN_PRESETS = (
     "## Presets of your own package\n",
     "A package that others install adds presets by an entry point of the group `freezeplan.presets`. Its name is the "
-    "namespace, its value a package that holds `.yaml` files, and folders of them; nothing has to be called. With this "
-    "in `pyproject.toml`, the file `mylab/plans/probe.yaml` is the preset `mylab/probe` where a plan is asked for:\n",
+    "namespace. Its value is a package with `.yaml` files, or folders of them. No code is called. With this "
+    "in `pyproject.toml`, the file `mylab/plans/probe.yaml` is the preset `mylab/probe`:\n",
     """```toml title="pyproject.toml"
 [project.entry-points."freezeplan.presets"]
 mylab = "mylab.plans"
@@ -172,13 +187,13 @@ rules:
   - {match: .*, frozen: true}
 ```
 """,
-    "`freezeplan presets` lists it with its description. A package that cannot be imported, holds no plan, or takes a "
-    "name that there is already gets a warning that names it, and all other presets are there.\n",
+    "`freezeplan presets` lists it with its description. If a package cannot be imported, has no plan, or uses a name "
+    "that exists already, a warning names the package. All other presets still load.\n",
     "## Completion in an editor\n",
     "`freezeplan schema > plan.schema.json` writes the JSON schema of a plan. The first line of the plan above points "
-    "at it, relative to the plan's own folder: editors with the YAML language server, such as VS Code with its YAML "
-    "extension, then complete keys and words, show what each means, and mark what is wrong while it is typed. For a "
-    'plan in JSON map the file to the schema in the editor\'s settings; `"$schema"` is no key of a plan.\n',
+    "to it, relative to the folder of the plan. An editor with the YAML language server, such as VS Code with its YAML "
+    "extension, then completes keys, shows their meaning and marks mistakes as you type. For a plan in JSON, map the "
+    'file to the schema in the settings of the editor; `"$schema"` is not a key of a plan.\n',
 )
 """The end of ``presets.md``."""
 
@@ -212,7 +227,7 @@ default: {lr_mult: 0.5}
     Rule: """\
 version: 1
 rules:
-  - {role: norm, mode: eval}                               # its statistics stand still
+  - {role: norm, mode: eval}                               # statistics are not updated
   - {match: 'layer4\\.0\\.conv.*', wd_mult: 0.1}             # single quotes keep backslashes
   - {type: Conv2d, stage: -1, lr_mult: 0.5}                # both must hold
   - {role: [head, bias], lr_mult: 1, reinit: false}        # a list means any
@@ -254,14 +269,20 @@ def plan() -> str:
     """Return ``plan.md``: every key of a plan, from the models that check it."""
     schema = Plan.model_json_schema()
     lines = [
-        "# What a plan may say\n",
+        "# The plan language\n",
         NOTE,
-        "A plan is YAML 1.2, TOML or JSON, or the same as a dict. Types are strict: text is no number. For each "
-        "setting the first matching rule that sets it wins; every parameter gets a rate; every rule wins something "
-        "somewhere.\n",
-        "`freezeplan schema` prints this page for machines. A first line "
-        "`# yaml-language-server: $schema=plan.schema.json` makes an editor complete and check a plan that stands "
-        "beside it.\n",
+        "A plan is YAML 1.2, TOML or JSON, or the same as a dict. Types are strict: the text `'1'` is not a number. "
+        "Three rules hold:\n",
+        "1. **For each setting, the first matching rule that sets it decides.** So one rule can decide the mode of the "
+        "norms and another the rate of the backbone.\n"
+        "2. **Every parameter gets a rate**, from a rule or from the plan's `default`.\n"
+        "3. **Every rule decides something.** A rule that matches nothing is an error; `optional: true` allows it. A "
+        "rule is also an error if the rules above it decide everything that it matches.\n",
+        "`match` must fit the whole dotted name of a parameter, or of a module above it: `features` selects the module "
+        "and everything below it, and `features.1` does not select `features.10`.\n",
+        "`freezeplan schema` prints the JSON schema of this page. With the first line "
+        "`# yaml-language-server: $schema=plan.schema.json`, an editor completes and checks a plan in the same "
+        "folder as the schema.\n",
     ]
     for model, (title, file) in ABOUT.items():
         own = schema if model is Plan else schema["$defs"][model.__name__]
@@ -308,25 +329,25 @@ def _value(key: str, entry: Mapping[str, Any]) -> str:
 
 
 TO_DO = {
-    "FreezePlanError": "`except FreezePlanError` catches each of those below; it is a `ValueError`. As itself: an "
-    "option that does not go with the others; the notes say which does.",
-    "PlanError": "Go to `file:line:column`, take one of the names that are offered, or see the sections below. "
-    "`freezeplan check PLAN MODEL` says it again without training.",
-    "ModelError": "Take one of the names that are offered; a function of your own is `package.module:function`. For a "
+    "FreezePlanError": "`except FreezePlanError` catches all classes below. It is a `ValueError`. Raised itself, "
+    "it reports an option that conflicts with others; the notes name the right one.",
+    "PlanError": "Go to `file:line:column` and use one of the suggested names, or see the sections below. "
+    "`freezeplan check PLAN MODEL` repeats the check without training.",
+    "ModelError": "Use one of the suggested names. A function of your own is `package.module:function`. In a "
     "model that is not timm's, select by `match` and `type`.",
     "ApplyError": "The sentence names the argument or the call that is missing: `lr=`, `scheduler=`, `attach`, "
-    "`replace=True`, `rewrap=`; or what other code did to the model since ([36 faults](proof.md)).",
-    "DataError": "Give a VOCdevkit folder or a tar of one; unpack or fetch a damaged file anew.",
-    "WeightsError": "Give the weights that the plan was made on, or those of this architecture; the first tensor that "
-    "differs is named.",
-    "OutputError": "Make the folder, give another one, or remove what is in the way.",
+    "`replace=True`, `rewrap=`. Or it names what other code changed in the model since ([faults](proof.md)).",
+    "DataError": "Give a VOCdevkit folder or a tar of one. Unpack or download a damaged file again.",
+    "WeightsError": "Give weights of this architecture, or those that the plan was applied to. The error names the "
+    "first tensor that differs.",
+    "OutputError": "Create the folder, give another one, or remove the file that blocks it.",
     "MissingExtraError": "Run the `pip install` of its second line. It is an `ImportError` too.",
-    "FreezePlanWarning": "No error: it goes on. Read the sentence, and change the plan if it is not what you meant; "
-    "`warnings.filterwarnings('error', category=FreezePlanWarning)` makes it one.",
+    "FreezePlanWarning": "The program continues. Change the plan if the sentence is not what you meant. "
+    "`warnings.filterwarnings('error', category=FreezePlanWarning)` turns it into an error.",
 }
 """Class of ``freezeplan.errors`` -> what to do about it."""
 CAUSES = {
-    "Nothing that can be a plan": ("only_comments", "empty", "list", "text", "no_rules", "rules_empty", "rule_as_text"),
+    "Not a plan": ("only_comments", "empty", "list", "text", "no_rules", "rules_empty", "rule_as_text"),
     "The text of the file": (
         *("tab", "colon", "unfinished", "unclosed_list", "two_documents", "unknown_anchor", "duplicate_key"),
         *("latin1", "utf16"),
@@ -350,15 +371,15 @@ ON_VGG16 = ("container_type", "probe_of_vgg", "root_name")
 
 
 def error_catalogue() -> str:
-    """Return ``errors.md``: every class of error, and what is said of plans that make each mistake."""
+    """Return ``errors.md``: every class of error, and the message for each mistake in a plan."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(CAUGHT, {})
     lines = [
-        "# What is said of a mistake\n",
+        "# Errors and what to do\n",
         NOTE,
-        "An error says where, what was found, what was expected and what to do, all mistakes of a file at once. "
-        "Commands print it to stderr and end with exit code 1, never with a traceback. In Python it is an exception "
-        "that keeps its facts:\n",
+        "An error says where it is, what was found, what was expected and what to do. All mistakes of a file are "
+        "reported at once. Commands print errors to stderr and end with exit code 1, without a traceback. In Python, "
+        "the exception holds the same facts as data:\n",
         _block("python", CAUGHT),
         _block("text", printed.getvalue()),
         "## The classes\n",
@@ -379,9 +400,9 @@ def error_catalogue() -> str:
                 lines += _shown(file, f"freezeplan check {file.name}", said)
             seen.add(what)
     lines += [
-        "## On a model: not what was meant\n",
-        "The first line of each says what was meant. It is an error where a rule can do nothing, and a hint where it "
-        "does something else, or less.\n",
+        "## Valid plans that do not do what was meant\n",
+        "The first line of each plan says what was meant. `check` prints an error if a rule can do nothing, and a hint "
+        "if it does something else, or less.\n",
     ]
     for file in sorted((PLANS / "wrong").glob("*.yaml")):
         command = f"freezeplan check {file.name} {'vgg16' if file.stem in ON_VGG16 else 'vit_base_patch16_224'}"

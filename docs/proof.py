@@ -1,4 +1,4 @@
-"""Write ``proof.md``: faults put into a training on purpose, and what freezeplan says: ``python docs/proof.py``.
+"""Write ``proof.md``: faults put into a training on purpose, and the message of each: ``python docs/proof.py``.
 
 Each fault goes into the same short training of several architectures. The page says what was said, word for word, on
 the first of them, and on how many the right cause was named. Nothing is downloaded.
@@ -367,7 +367,7 @@ FAULTS = (
         scheduler="timm",
     ),
     Fault("multiplied rates and `attach`", baked_and_attached, "the plan's multipliers act twice", scheduler="any"),
-    Fault("reentrant checkpointing behind the frozen prefix", reentrant, "checkpoints with use_reentrant=True"),
+    Fault("reentrant checkpointing after the frozen layers", reentrant, "checkpoints with use_reentrant=True"),
     Fault("an optimizer with nothing to train", nothing_to_train, "No inf checks were recorded"),
     Fault("a new phase in two processes", two_processes, "would not be synchronised", phases=True),
 )
@@ -399,18 +399,22 @@ def page() -> str:
     quiet = sum(not answer for answer in clean.values())
     return "\n".join(
         [
-            "# Faults, and what is said of them\n",
+            "# Faults and their messages\n",
             NOTE,
-            f"Each of {len(FAULTS)} faults is put into a short training of {', '.join(f'`{name}`' for name in MODELS)} "
-            f"(`{WITH_NORM[-1]}` in the place of one that lacks what a fault needs: batch norm, or a part of which "
-            "some is frozen and some trained), which seals, checks its optimizer and calls `applied.step(epoch=e)` "
-            "before each epoch. Those of `step()` go in between two epochs and are named before the next; those of "
-            "`verify()` go in after the last, with `guard=False`, against `seal(copy=True)`. Those of "
-            "`optimizer.step()` go in ahead of the first one, in a loop that calls nothing of the plan. The third "
-            "column is the line that names the cause, word for word, on the first model; the last counts the models "
-            "on which this cause was named.\n",
-            f"Without a fault the same training says nothing on {quiet} of {len(clean)} models.\n",
-            "| fault | by | what is said | named on |",
+            f"Each of {len(FAULTS)} faults is put into a short training of "
+            f"{', '.join(f'`{name}`' for name in MODELS)}. `{WITH_NORM[-1]}` replaces a model that lacks what a fault "
+            "needs: batch norm, or a block with both frozen and trained layers. The training calls `seal`, checks its "
+            "optimizer, and calls `applied.step(epoch=e)` before each epoch.\n",
+            "| found by | the fault happens |",
+            "| --- | --- |",
+            "| `step()` | between two epochs; the next `applied.step` reports it |",
+            "| `verify()` | after the last epoch, with `guard=False`; `verify` compares with `seal(copy=True)` |",
+            "| `optimizer.step()` | before the first step, in a loop that calls nothing of the plan |",
+            "",
+            "The third column is the exact line that names the cause, on the first model. The last column counts the "
+            "models on which this cause was named.\n",
+            f"Without a fault, the same training says nothing on {quiet} of {len(clean)} models.\n",
+            "| fault | found by | message | named on |",
             "| --- | --- | --- | --- |",
             *rows,
             "",

@@ -228,18 +228,23 @@ def print_entries(directory: Path, entries: Sequence[Entry]) -> None:
     if not entries:
         stdout().print(f"{directory}: no features are kept", soft_wrap=True)
         return
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for title in ("key", "model", "plan", "up to", "dtype", "shards", "bytes", "used"):
-        numbers = title in ("shards", "bytes")
-        table.add_column(
-            title, justify="right" if numbers else "left", no_wrap=numbers or title in ("key", "used"), overflow="fold"
+    shards, size = (
+        max(len(title), *(len(f"{value:,}") for value in values))
+        for title, values in (
+            ("shards", [entry.shards for entry in entries]),
+            ("bytes", [entry.bytes for entry in entries]),
         )
+    )
+    key = max(len(entry.key) for entry in entries)
+    line = f"{'key':{key}}  {'used':16}  {'shards':>{shards}}  {'bytes':>{size}}  dtype"
+    stdout().print(Text(line, style="dim"), soft_wrap=True)
     for entry in entries:
         about = entry.about
-        facts = (about["model"], about["plan"], ", ".join(about["memoised"]), about["dtype"], str(entry.shards))
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-        table.add_row(*map(Text, (entry.key, *facts, f"{entry.bytes:,}", used)))
-    stdout().print(table)
+        facts = f"{entry.key:{key}}  {used}  {entry.shards:>{shards},}  {entry.bytes:>{size},}  {about['dtype']}"
+        stdout().print(Text(facts), soft_wrap=True)
+        names = f"  {about['plan']} on {about['model']}, up to {', '.join(about['memoised'])}"
+        stdout().print(Text(names, style="dim"), soft_wrap=True)
     stdout().print(f"{directory}: {sum(entry.bytes for entry in entries):,} bytes", soft_wrap=True)
 
 

@@ -232,6 +232,7 @@ def given(page: str) -> dict[str, Any]:
         fragments = {"timm": timm, "torch": torch, "apply_plan": freezeplan.apply_plan, "DataLoader": DataLoader}
         names |= {**fragments, "criterion": torch.nn.CrossEntropyLoss()}
         names["model"] = timm.create_model("test_resnet", num_classes=10)
+        names["applied"] = freezeplan.apply_plan(names["model"], "linear_probe", lr=0.1)
     return {**names, "__name__": "page"}
 
 

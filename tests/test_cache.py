@@ -586,12 +586,13 @@ def test_list_and_remove(live, tmp_path):
     live.cached(data(), tmp_path, dtype="float16")
     runner = CliRunner()
     listed = json.loads(runner.invoke(app, ["cache", "ls", "--dir", str(tmp_path), "--json"]).stdout)
-    text = runner.invoke(app, ["cache", "ls", "--dir", str(tmp_path)], env={"COLUMNS": "200"}).stdout
+    text = runner.invoke(app, ["cache", "ls", "--dir", str(tmp_path)], env={"COLUMNS": "80"}).stdout
     removed = runner.invoke(app, ["cache", "rm", listed[0]["key"][:10], "--dir", str(tmp_path)]).stdout
 
     assert {entry["about"]["dtype"] for entry in listed} == {"float32", "float16"}
     assert all(entry["about"]["memoised"] == ["global_pool"] and entry["shards"] == 1 for entry in listed)
     assert all(entry["key"] in text for entry in listed)
+    assert text.count("  linear_probe on test_resnet, up to global_pool\n") == 2
     assert removed.replace("\n", "") == f"{tmp_path}: removed 1 entry, {listed[0]['bytes']:,} bytes"
     assert [entry.key for entry in store.entries(tmp_path)] == [listed[1]["key"]]
     with pytest.raises(FreezePlanError) as error:

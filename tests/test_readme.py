@@ -13,14 +13,41 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PEERS = ["timm", "finetuning-scheduler", "mmengine", "big_vision", "PEFT", "by hand"]
 
 
-def test_the_first_screen_says_how_to_start_and_shows_a_plan() -> None:
-    """What it is in a sentence, the command, the picture; all of it in 150 lines."""
+SECTIONS = ["My code", "A typo is an error", "Does it work", "Why not by hand", "What it saves", "Where to read on"]
+
+
+def test_the_first_screen_says_what_it_is_and_shows_a_plan() -> None:
+    """A sentence, a measured one, the picture, then a plan and the call."""
     lines = README.splitlines()
 
     assert lines[2].startswith("Declarative layer freezing for [timm]")
-    assert lines[5] == "$ pip install '.[run]' && freezeplan run voc_vgg16"
-    assert re.fullmatch(r"!\[.+\]\(docs/pictures/low_conv_lr.svg\)", lines[8])
-    assert len(lines) <= 150
+    assert re.search(r"\d ", lines[3])
+    assert re.fullmatch(r"!\[.+\]\(docs/pictures/low_conv_lr.svg\)", lines[5])
+    assert "contains timm models" in lines[7]
+    assert README.index("```yaml") < README.index("apply_plan(") < README.index("freezeplan check typo.yaml")
+
+
+def test_the_readme_answers_in_the_order_in_which_a_reader_asks() -> None:
+    """Six sections, the command that shows that it works in one of them; at most 110 lines and 900 words."""
+    sections = re.findall(r"^## (.*)$", README, flags=re.MULTILINE)
+    (works,) = re.findall(r"^## Does it work\n(.*?)^## ", README, flags=re.MULTILINE | re.DOTALL)
+
+    assert sections == SECTIONS
+    assert "\n$ pip install '.[run]' && freezeplan run voc_vgg16\n" in works
+    assert len(README.splitlines()) <= 110
+    assert len(README.split()) <= 900
+
+
+def test_every_figure_of_what_it_saves_is_in_the_benchmarks() -> None:
+    """The page of benchmarks holds what the command of that section printed."""
+    (saves,) = re.findall(r"^## What it saves\n(.*?)^## ", README, flags=re.MULTILINE | re.DOTALL)
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^\$ (python benchmarks/.*)$", saves, flags=re.MULTILINE)
+    (printed,) = re.findall(rf"^\$ {re.escape(command)}\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    figures = re.findall(r"\d+\.\d+(?= %| times)", saves)
+
+    assert figures
+    assert [figure for figure in figures if figure not in re.findall(r"\d+\.\d+", printed)] == []
 
 
 def test_the_example_plan_is_the_one_in_the_readme(tmp_path: Path) -> None:
@@ -41,7 +68,7 @@ def test_the_readme_compares_and_says_what_is_stable() -> None:
         assert len({len(row) for row in rows}) == 1
         assert all(cell for row in rows[1:] for cell in row)
     assert "A plan with `version: 1` is readable through all of 1.x and means the same" in README
-    assert "`--install-completion` |" in README
+    assert "`--install-completion` |" in (ROOT / "docs/commands.md").read_text(encoding="utf-8")
 
 
 def test_the_tests_command_is_the_one_that_ci_runs() -> None:
