@@ -45,7 +45,7 @@ ACCEPTED_RULES = [
 
 @pytest.mark.parametrize(("rule", "dumped"), ACCEPTED_RULES)
 def test_a_rule_is_accepted(rule, dumped):
-    """A rule selects with match, role or both, and sets a rate, wd_mult, layer_decay, mode or reinit, in any combination."""
+    """A rule selects with match, role or both, and sets a rate, wd_mult, mode or reinit, in any combination."""
     plan = load_plan(with_rule(**rule))
 
     assert plan.model_dump(mode="json", exclude_defaults=True) == {"version": 1, "rules": [dumped]}
