@@ -364,7 +364,8 @@ def reentrant(model: nn.Module) -> str:
     transformers where that is asked for, unless they give their embeddings' output a gradient, as those of text do.
 
     Examples:
-        >>> reentrant(create_model("test_vit"))
+        >>> import timm
+        >>> reentrant(timm.create_model("test_vit"))
         ''
     """
     import timm

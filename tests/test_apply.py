@@ -345,14 +345,15 @@ def test_what_a_group_carries(toy, arguments, expected):
     """A group carries names, multiplier and name; lr, lr_scale and weight_decay only as the arguments ask for."""
     live = apply_plan(toy, SLOW_BODY, **arguments)
     common = [
-        {"name": "lr_mult=0.2", "lr_mult": 0.2, "param_names": ["body.0.weight"]},
+        {"name": "lr_mult=0.2", "lr_mult": 0.2, "wd_mult": 1.0, "param_names": ["body.0.weight"]},
         {
             "name": "lr_mult=0.2, no decay",
             "lr_mult": 0.2,
+            "wd_mult": 0.0,
             "param_names": ["body.0.bias", "body.1.weight", "body.1.bias"],
         },
-        {"name": "lr_mult=1", "lr_mult": 1.0, "param_names": ["head.weight"]},
-        {"name": "lr_mult=1, no decay", "lr_mult": 1.0, "param_names": ["head.bias"]},
+        {"name": "lr_mult=1", "lr_mult": 1.0, "wd_mult": 1.0, "param_names": ["head.weight"]},
+        {"name": "lr_mult=1, no decay", "lr_mult": 1.0, "wd_mult": 0.0, "param_names": ["head.bias"]},
     ]
     by_name = dict(toy.named_parameters())
 

@@ -55,8 +55,14 @@ FILES = {
         "typo.yaml": "version: 1\nrules:\n  - {match: featuers, frozen: true}\n  - {match: .*, lr_mult: 1}\n",
     },
     "docs/importing.md": {
+        "MyModule_ft_schedule.yaml": "0: {params: ['fc.*']}\n1: {params: ['layer4.*']}\n",
         "output/train/args.yaml": "layer_decay: 0.65\nlr: 0.001\n",
         "schedule.yaml": "0: {params: ['fc.*'], max_transition_epoch: 3}\n1: {params: ['layer4.*'], lr: 1.0e-4}\n",
+        "mymodule.py": (
+            "import timm, torch\n\n\ndef build():\n    model = torch.nn.Module()\n"
+            "    model.backbone = timm.create_model('test_resnet', num_classes=0)\n"
+            "    model.head = torch.nn.Linear(96, 3)\n    return model\n"
+        ),
         "config.py": "optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'backbone': dict(lr_mult=0.1)}))\n",
     },
 }
@@ -71,6 +77,7 @@ COMMANDS = {
     r"pytest .*": "this is what runs",
     r"ruff check \.|ruff format --check \.|mypy": "a step of .ci/run",
     r"python examples/\w+\.py.*": "tests/test_examples.py runs it",
+    r"python -c .from mmengine.*": "tests/test_import_openmmlab.py runs it",
     r"python benchmarks/\w+\.py.*": "recorded output of minutes of timing; no time is a test",
 }
 """A command of a console block -> what is done with it: run and compared, parsed, or nothing, and then why."""

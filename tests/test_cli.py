@@ -130,6 +130,7 @@ def test_check_a_plan_against_a_model(run):
     assert code == 0
     assert list(json.loads(out)) == [
         "model",
+        "parts",
         "plan",
         "frozen",
         "trainable",

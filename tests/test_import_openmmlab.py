@@ -376,7 +376,6 @@ def test_what_a_config_freezes_is_a_rule_or_a_note(write, text, rules, notes):
     assert list(imported.notes) == notes
 
 
-@pytest.mark.xfail(reason="needs timm models that are contained in others", raises=PlanError)
 def test_a_frozen_backbone_is_the_one_that_the_config_freezes(write):
     """As ``ResNet._freeze_stages`` and ``ResNet.train`` of mmdetection 3.3: the stem, layer1, the norms' statistics."""
     backbone = create_model("resnet18", num_classes=0)

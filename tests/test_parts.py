@@ -360,6 +360,26 @@ class TestTwoTowers:
         assert found["join.weight"] == 1
         assert len(set(found.values())) > 6
 
+    def test_why_says_which_factor_it_was(self, towers: nn.Module) -> None:
+        """A floor may stand in the plan where rules alone have a factor."""
+        rules = [{"match": "photo", "layer_decay": 0.1}, {"match": ".*", "lr_mult": 1}]
+        found = resolve_plan({"version": 1, "layer_decay_min_scale": 0.05, "rules": rules}, towers)
+
+        (photo,), (join,) = (explain(found, name)["phases"] for name in ("photo.cls_token", "join.weight"))
+        assert photo["lr_mult"] == 0.05
+        assert (photo["decay"]["layer_decay"], photo["decay"]["min_scale"]) == (0.1, 0.05)
+        assert "decay" not in join
+
+    def test_a_rule_asks_for_what_is_known(self, tmp_path: Path) -> None:
+        file = tmp_path / "decay.yaml"
+        file.write_text("version: 1\nrules:\n  - {match: .*, lr_mult: 1, layer_decay: 0.5}\n")
+        with pytest.raises(PlanError) as error:
+            resolve_plan(file, nn.Linear(2, 2))
+
+        place, _, reason = str(error.value).partition(": ")
+        assert place.endswith("decay.yaml:3:42")
+        assert reason == "Linear is no timm model and holds none, so its layers have no known order"
+
     def test_tied_across_towers_is_the_first_names(self) -> None:
         towers = nn.ModuleDict(
             {name: create_model("test_vit", num_classes=0, meta=True) for name in ("first", "second")}
