@@ -63,6 +63,7 @@ FILES = {
             "    model.backbone = timm.create_model('test_resnet', num_classes=0)\n"
             "    model.head = torch.nn.Linear(96, 3)\n    return model\n"
         ),
+        "resolved.py": "optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'backbone': dict(lr_mult=0.1)}))\n",
         "config.py": "optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'backbone': dict(lr_mult=0.1)}))\n",
     },
 }
