@@ -20,7 +20,7 @@ from timing import machine
 from torch import nn
 
 from freezeplan import FreezePlanError, apply_plan, resolve_plan
-from freezeplan.zoo import create_model
+from freezeplan.model.describer import create_model
 
 
 def usual() -> list[str]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from timing import alternate, show
 
 from freezeplan import apply_plan, load_delta
-from freezeplan.zoo import create_model
+from freezeplan.model.describer import create_model
 
 
 def main() -> None:

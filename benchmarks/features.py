@@ -29,9 +29,9 @@ from timing import alternate, show
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import freezeplan.experiment.model  # noqa: F401  # registers the lecture's head
+import freezeplan.voc_vgg16.model  # noqa: F401  # registers the lecture's head
 from freezeplan import apply_plan
-from freezeplan.experiment.weights import build
+from freezeplan.training.weights import build
 
 PLANS = {"vgg16": "voc_vgg16/frozen_convs"}
 

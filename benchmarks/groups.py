@@ -15,7 +15,7 @@ import torch
 from timing import alternate, show
 
 from freezeplan import apply_plan
-from freezeplan.zoo import create_model
+from freezeplan.model.describer import create_model
 
 KINDS = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}, "compiled": {}}
 OPTIMIZERS = {

@@ -15,9 +15,9 @@ from timing import alternate, show
 from torch import nn
 
 from freezeplan import apply_plan
-from freezeplan.forecast import forecast
-from freezeplan.replay import Rest, capture
-from freezeplan.zoo import create_model
+from freezeplan.cache.replay import Rest, capture
+from freezeplan.model.describer import create_model
+from freezeplan.report.forecast import forecast
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ import torch
 import torch._inductor.config
 from timing import alternate, show
 
-from freezeplan.calls import tensors
-from freezeplan.zoo import create_model
+from freezeplan.cache.calls import tensors
+from freezeplan.model.describer import create_model
 
 FLOPS = 30_693_949_440
 """Of one image of 224 pixels through the convolutions; a multiplication and an addition are two."""

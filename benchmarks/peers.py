@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from freezeplan import applied, apply_plan
 from freezeplan.integrations.lightning import FreezePlanCallback, configure_optimizers
-from freezeplan.zoo import create_model
+from freezeplan.model.describer import create_model
 
 
 class Probe(pl.LightningModule):

@@ -16,8 +16,8 @@ from timing import alternate, show
 from torch import Tensor
 
 from freezeplan import apply_plan
-from freezeplan.seal import still
-from freezeplan.zoo import create_model
+from freezeplan.model.describer import create_model
+from freezeplan.proof.seal import still
 
 DIGESTS = ("sha256", "sha512", "sha3_256", "blake2b", "blake2s")
 """Those that nobody can find two models for; md5 and sha1 are broken."""

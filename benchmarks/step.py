@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from freezeplan import applied, apply_plan, resolve_plan
-from freezeplan.load import PlanLike
+from freezeplan.plan.load import PlanLike
 
 
 def frozen_by(way: str, model: nn.Module, plan: PlanLike = "linear_probe") -> Iterable[nn.Parameter]:

@@ -22,13 +22,14 @@ from unittest.mock import patch
 
 import timm
 
-from freezeplan import cli, errors, load_plan, picture, resolve_plan
-from freezeplan.catalogue import shipped
-from freezeplan.description import Description, prefixes
+from freezeplan import cli, errors, load_plan, resolve_plan
 from freezeplan.errors import PlanError
-from freezeplan.plan import Phase, Plan, Plateau, Rate, Rule
-from freezeplan.resolution import Resolution
-from freezeplan.zoo import create_model, describe
+from freezeplan.model.describer import create_model, describe
+from freezeplan.model.description import Description, prefixes
+from freezeplan.plan.catalogue import shipped
+from freezeplan.plan.schema import Phase, Plan, Plateau, Rate, Rule
+from freezeplan.report import picture
+from freezeplan.resolve.resolution import Resolution
 
 HERE = Path(__file__).parent
 PLANS = HERE.parent / "tests" / "plans"

@@ -21,7 +21,7 @@ from torch.optim import lr_scheduler
 
 from freezeplan import AppliedPlan, apply_plan
 from freezeplan.errors import ApplyError
-from freezeplan.zoo import create_model
+from freezeplan.model.describer import create_model
 
 HERE = Path(__file__).parent
 NOTE = "<!-- written by `python docs/proof.py`; a test compares -->\n"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 
 from freezeplan import resolve_plan
-from freezeplan.zoo import create_model
+from freezeplan.model.describer import create_model
 
 MODELS = ("vgg16", "resnet50", "vit_base_patch16_224", "convnext_tiny")
 

@@ -25,8 +25,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 from freezeplan import apply_plan
-from freezeplan.experiment.sample import write_sample
-from freezeplan.experiment.voc import Photo, VocData, read_voc
+from freezeplan.training.voc import Photo, VocData, read_voc
+from freezeplan.voc_vgg16.sample import write_sample
 
 PLAN = Path(__file__).with_name("frozen_stages.yaml")
 SIZE = 128

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from freezeplan import apply_plan
-from freezeplan.experiment.sample import weights_path
-from freezeplan.experiment.weights import build
+from freezeplan.training.weights import build
+from freezeplan.voc_vgg16.sample import weights_path
 
 PLAN = Path(__file__).with_name("regression.yaml")
 

@@ -14,34 +14,34 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME = {
-    "AppliedPlan": "facade",
+    "AppliedPlan": "applied_plan",
     "FreezePlanError": "errors",
     "FreezePlanWarning": "errors",
     "Plan": "plan",
-    "Resolution": "resolution",
+    "Resolution": "resolve",
     "Rule": "plan",
-    "applied": "facade",
-    "apply_plan": "facade",
-    "infer_plan": "infer",
-    "load_delta": "delta",
-    "load_plan": "load",
-    "resolve_plan": "facade",
+    "applied": "applied_plan",
+    "apply_plan": "api",
+    "infer_plan": "importers.infer",
+    "load_delta": "proof",
+    "load_plan": "plan",
+    "resolve_plan": "api",
 }
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
-    from freezeplan.delta import load_delta as load_delta
+    from freezeplan.api import apply_plan as apply_plan
+    from freezeplan.api import resolve_plan as resolve_plan
+    from freezeplan.applied_plan import AppliedPlan as AppliedPlan
+    from freezeplan.applied_plan import applied as applied
     from freezeplan.errors import FreezePlanError as FreezePlanError
     from freezeplan.errors import FreezePlanWarning as FreezePlanWarning
-    from freezeplan.facade import AppliedPlan as AppliedPlan
-    from freezeplan.facade import applied as applied
-    from freezeplan.facade import apply_plan as apply_plan
-    from freezeplan.facade import resolve_plan as resolve_plan
-    from freezeplan.infer import infer_plan as infer_plan
-    from freezeplan.load import load_plan as load_plan
-    from freezeplan.plan import Plan as Plan
-    from freezeplan.plan import Rule as Rule
-    from freezeplan.resolution import Resolution as Resolution
+    from freezeplan.importers.infer import infer_plan as infer_plan
+    from freezeplan.plan.load import load_plan as load_plan
+    from freezeplan.plan.schema import Plan as Plan
+    from freezeplan.plan.schema import Rule as Rule
+    from freezeplan.proof.delta import load_delta as load_delta
+    from freezeplan.resolve.resolution import Resolution as Resolution
 
 
 def __getattr__(name: str) -> object:

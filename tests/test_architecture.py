@@ -1,108 +1,83 @@
-"""A module imports only what stands above it in docs/architecture.md, and of the large packages those of its row."""
+"""The directions between packages hold, docs/architecture.md is as the code is, and no file is long."""
 
 from __future__ import annotations
 
 import ast
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-import freezeplan
+pytest.importorskip("importlinter", reason="import-linter comes with the extra dev")
 
-PACKAGE = Path(freezeplan.__file__).parent
-
-PAGE = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
-
-
-def table(title):
-    """The modules of a section's table in their order, each with its last cell as a set."""
-    section = PAGE.partition(f"## {title}\n")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| `(\w+)(?:\.py|/)` \|(.*)\|$", section, flags=re.MULTILINE)
-    return {name: set(re.findall(r"\w+", cells.rpartition("|")[2])) for name, cells in rows}
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "freezeplan"
+LONGEST = 400
+LINT = [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()", "--no-cache"]
 
 
-CORE = table("The core")
-"""The core in the order in which it can be read: module -> which of ``WATCHED`` it imports."""
-ORDER = [*CORE, *table("Around the core")]
-WATCHED = {"torch", "timm", "rich", "matplotlib", "typer"}
+def lint(folder: Path) -> tuple[int, str]:
+    """Run ``lint-imports`` in a folder with a package and a pyproject.toml."""
+    env = {"PYTHONPATH": str(folder), "NO_COLOR": "1", "COLUMNS": "200", "PATH": ""}
+    done = subprocess.run(LINT, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    return done.returncode, " ".join(done.stdout.split())
 
 
-def imports(source):
-    """Every module that a source imports anywhere, with the names taken from it: ``a.b`` and ``a.b.name``."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found
+def test_packages_import_only_what_stands_below_them():
+    code, text = lint(ROOT)
+
+    assert (code, "0 broken" in text) == (0, True), text
 
 
-def layers(source):
-    """The parts of freezeplan that a source imports."""
-    parts = (name.split(".") for name in imports(source))
-    return {name[1] for name in parts if name[0] == "freezeplan" and name[1:] and name[1] in ORDER}
+TURNED = [
+    ("plan/schema.py", "from freezeplan.apply import freeze", "freezeplan.plan is not allowed to import freezeplan.apply"),
+    ("resolve/hints.py", "import torch", "freezeplan.resolve is not allowed to import torch"),
+    ("apply/freeze.py", "import timm", "freezeplan.apply is not allowed to import timm"),
+    ("cache/store.py", "from freezeplan.proof import seal", "freezeplan.cache is not allowed to import freezeplan.proof"),
+    ("training/results.py", "import freezeplan.voc_vgg16.arms", "freezeplan.training is not allowed to import freezeplan.voc_vgg16"),
+    ("integrations/plans.py", "import freezeplan.apply.freeze", "freezeplan.integrations is not allowed to import freezeplan.apply"),
+]  # fmt: skip
 
 
-def packages(source):
-    return {name.partition(".")[0] for name in imports(source)}
+@pytest.mark.parametrize(("file", "line", "said"), TURNED, ids=[file for file, _, _ in TURNED])
+def test_an_import_that_is_turned_round_is_found(file: str, line: str, said: str, tmp_path: Path):
+    shutil.copytree(PACKAGE, tmp_path / "freezeplan", ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    path = tmp_path / "freezeplan" / file
+    path.write_text(f"{path.read_text(encoding='utf-8')}\n{line}\n", encoding="utf-8")
+
+    code, text = lint(tmp_path)
+
+    assert (code, said in text) == (1, True), text
 
 
-MODULES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
+def test_the_page_and_its_picture_are_as_the_code_is():
+    done = subprocess.run(
+        [sys.executable, "docs/architecture.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
 
 
-def layer_of(file):
-    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_no_file_is_long_and_each_says_what_it_is_for(file: Path):
+    text = file.read_text(encoding="utf-8")
+
+    assert len(text.splitlines()) <= LONGEST
+    assert not text.strip() or ast.get_docstring(ast.parse(text))
 
 
-def test_every_module_has_its_place():
-    """A new module gets a row, and one that is gone has none."""
-    assert {layer_of(file) for file in MODULES} | {"presets"} == set(ORDER)
-    assert len(ORDER) > 40
+def test_each_package_says_what_it_imports_and_where_to_begin():
+    packages = [path for path in PACKAGE.iterdir() if (path / "__init__.py").exists()]
+    said = {
+        path.name: ast.get_docstring(ast.parse((path / "__init__.py").read_text(encoding="utf-8"))) for path in packages
+    }
 
-
-@pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_a_module_imports_only_what_stands_above_it(file):
-    """The arrows between modules point one way; the runner uses the core, never the other way round."""
-    layer = layer_of(file)
-    own = {layer} & {"experiment", "importers", "integrations"}
-    above = set(ORDER[: ORDER.index(layer)]) | own
-
-    assert layers(file.read_text(encoding="utf-8")) - above == set()
-
-
-@pytest.mark.parametrize("name", CORE)
-def test_a_module_of_the_core_imports_the_packages_of_its_row(name):
-    """No more, so that much of it needs no torch, and no less, so that the page is true."""
-    assert packages((PACKAGE / f"{name}.py").read_text(encoding="utf-8")) & WATCHED == CORE[name]
-
-
-def test_timm_rich_and_matplotlib_have_one_place_each():
-    homes = {package: [name for name, found in CORE.items() if package in found] for package in WATCHED - {"torch"}}
-
-    assert homes == {"timm": ["timm_facts", "create"], "rich": ["render"], "matplotlib": ["picture"], "typer": []}
-
-
-def test_integrations_see_the_facade_alone_and_nobody_sees_them():
-    """Each is thin: it names the facade and the errors, and stands between nothing."""
-    inside = [file for file in MODULES if layer_of(file) == "integrations"]
-    outside = [file for file in MODULES if layer_of(file) != "integrations"]
-
-    assert {part for file in inside for part in layers(file.read_text())} == {"errors", "facade", "integrations"}
-    assert all("integrations" not in layers(file.read_text()) for file in outside)
-    assert all(len(file.read_text().splitlines()) < 80 for file in inside)
-
-
-SEEN = [
-    pytest.param("from freezeplan import render, Plan", {"render"}, {"freezeplan"}, id="from-the-package"),
-    pytest.param("import freezeplan.cli as c", {"cli"}, {"freezeplan"}, id="with-an-alias"),
-    pytest.param("def f():\n    from freezeplan.experiment.voc import g", {"experiment"}, {"freezeplan"}, id="inside"),
-    pytest.param("from timm.optim import a\nimport rich.table", set(), {"timm", "rich"}, id="others"),
-]
-
-
-@pytest.mark.parametrize(("source", "found", "outside"), SEEN)
-def test_the_check_of_arrows_can_fail(source, found, outside):
-    """The checks above see an import wherever it stands."""
-    assert (layers(source), packages(source)) == (found, outside)
+    assert len(said) == 13
+    for name, text in said.items():
+        assert text is not None, name
+        assert re.search(r"Import|import", text), name
+        assert "Begin with ``" in text, name

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from freezeplan import FreezePlanWarning, apply_plan, fill, memory, writer
-from freezeplan.experiment.arms import load_arms
-from freezeplan.experiment.checkpoint import Checkpoint
-from freezeplan.experiment.pixels import Normalisation, Prepare
-from freezeplan.experiment.processes import Processes
-from freezeplan.experiment.train import Epoch, Run, Settings, train_arm
-from freezeplan.experiment.voc import Split
-from freezeplan.experiment.weights import build
+from freezeplan import FreezePlanWarning, apply_plan
+from freezeplan.cache import fill, memory, writer
+from freezeplan.training.arms import load_arms
+from freezeplan.training.checkpoint import Checkpoint
+from freezeplan.training.pixels import Normalisation, Prepare
+from freezeplan.training.processes import Processes
+from freezeplan.training.train import Epoch, Run, Settings, train_arm
+from freezeplan.training.voc import Split
+from freezeplan.training.weights import build
 
 pytestmark = [
     pytest.mark.gpu,

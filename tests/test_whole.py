@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from freezeplan.whole import flush, whole_file
+from freezeplan.atomic import flush, whole_file
 
 
 def test_what_was_there_stays_until_all_is_written(tmp_path):

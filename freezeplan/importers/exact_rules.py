@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from freezeplan.description import Description
-from freezeplan.infer import shortest_rules
-from freezeplan.plan import Rule
+from freezeplan.importers.infer import shortest_rules
+from freezeplan.model.description import Description
+from freezeplan.plan.schema import Rule
 
 
 def exact_rules(model: Description, rates: Mapping[str, float], decays: Mapping[str, float]) -> list[Rule]:

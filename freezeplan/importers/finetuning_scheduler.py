@@ -9,10 +9,10 @@ from typing import Any
 
 from freezeplan.errors import PlanError, did_you_mean
 from freezeplan.importers.imported import Imported
-from freezeplan.load import read_data
-from freezeplan.patterns import objection
-from freezeplan.plan import Phase, Plan, Plateau, Rate, Rule
-from freezeplan.source import Source
+from freezeplan.plan.load import read_data
+from freezeplan.plan.location import Source
+from freezeplan.plan.regex import objection
+from freezeplan.plan.schema import Phase, Plan, Plateau, Rate, Rule
 
 BASE_MAX_LR = 1e-5
 """The rate of a later depth that names none: the package's own default (its ``base_max_lr``)."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from freezeplan.errors import PlanError
 from freezeplan.importers.python_config import Unread
-from freezeplan.plan import Rule
-from freezeplan.source import Loc, Source
+from freezeplan.plan.location import Loc, Source
+from freezeplan.plan.schema import Rule
 
 _FREEZES = re.compile(r"(?i)fr[oe]+ze|requires_grad|norm_eval|bn_eval|partial_bn|no_?grad|detach")
 _TYPE_FREEZES = re.compile(r"(?i)fr[oe]+ze")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from freezeplan.plan import Plan
+from freezeplan.plan.schema import Plan
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from freezeplan.description import Description
 from freezeplan.errors import PlanError
+from freezeplan.model.description import Description
 
 MMPRETRAIN = "LearningRateDecayOptimWrapperConstructor"
 READS = {
@@ -50,7 +50,7 @@ class LayerDecay:
             PlanError: If the constructor does not know the layers of this backbone.
 
         Examples:
-            >>> from freezeplan.zoo import create_model, describe
+            >>> from freezeplan.model import create_model, describe
             >>> vit = describe(create_model("test_vit", meta=True))
             >>> found = LayerDecay("LearningRateDecayOptimWrapperConstructor", 0.5).factors(vit)
             >>> found["pos_embed"], found["blocks.0.norm1.weight"], found["norm.weight"]

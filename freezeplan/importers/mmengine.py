@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from freezeplan.description import Description
 from freezeplan.errors import PlanError, did_you_mean
 from freezeplan.importers import paramwise
 from freezeplan.importers.frozen_keys import frozen_rules
 from freezeplan.importers.imported import Imported
 from freezeplan.importers.layer_decay import MMPRETRAIN, READS, LayerDecay
 from freezeplan.importers.python_config import SECTIONS, Unread, read_python
-from freezeplan.load import read_data
-from freezeplan.plan import Plan, Rule
-from freezeplan.source import Loc, Source
+from freezeplan.model.description import Description
+from freezeplan.plan.load import read_data
+from freezeplan.plan.location import Loc, Source
+from freezeplan.plan.schema import Plan, Rule
 
 _DEFAULT = ("", "DefaultOptimWrapperConstructor", "DefaultOptimizerConstructor")
 _EXACT = "freezeplan import mmengine {} --model MODEL writes rules with the exact factors of each tensor of a model"
@@ -218,7 +218,7 @@ def _exact(
     path: Path, model: Description, frozen: list[Rule], found: paramwise.Paramwise, layers: LayerDecay | None
 ) -> Plan:
     from freezeplan.importers.exact_rules import exact_rules
-    from freezeplan.select import select
+    from freezeplan.resolve.select import select
 
     gone = {name for rule in frozen if rule.frozen for name in select(rule, model).tensors}
     if layers is None:

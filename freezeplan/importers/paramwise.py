@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from freezeplan.description import Description, Tensor
 from freezeplan.errors import PlanError, did_you_mean
-from freezeplan.plan import Rule
-from freezeplan.source import Loc, Source
+from freezeplan.model.description import Description, Tensor
+from freezeplan.plan.location import Loc, Source
+from freezeplan.plan.schema import Rule
 
 NORMS = ("_BatchNorm", "_InstanceNorm", "GroupNorm", "LayerNorm")
 """What mmengine takes for a norm: classes of torch, and what derives from them."""

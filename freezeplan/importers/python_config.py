@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from freezeplan.errors import PlanError
-from freezeplan.load import read_text
-from freezeplan.source import Loc, Source
+from freezeplan.plan.load import read_text
+from freezeplan.plan.location import Loc, Source
 
 SECTIONS = ("model", "optim_wrapper", "optimizer", "paramwise_cfg")
 """Variables that a tool reads by their names, whether others use them or not."""

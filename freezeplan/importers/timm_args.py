@@ -8,9 +8,9 @@ from typing import Any
 
 from freezeplan.errors import PlanError
 from freezeplan.importers.imported import Imported
-from freezeplan.load import read_data, read_text
-from freezeplan.plan import Plan
-from freezeplan.source import Source
+from freezeplan.plan.load import read_data, read_text
+from freezeplan.plan.location import Source
+from freezeplan.plan.schema import Plan
 
 _OPTIONS = ("layer_decay", "layer_decay_min_scale", "layer_decay_no_opt_scale")
 

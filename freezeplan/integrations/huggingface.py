@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from freezeplan.applied_plan import AppliedPlan
 from freezeplan.errors import ApplyError, MissingExtraError
-from freezeplan.facade import AppliedPlan
 from freezeplan.integrations.plans import Plans
 
 try:

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from freezeplan.applied_plan import AppliedPlan
 from freezeplan.errors import MissingExtraError
-from freezeplan.facade import AppliedPlan
 from freezeplan.integrations.plans import Plans
 
 try:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from freezeplan.applied_plan import AppliedPlan, applied
 from freezeplan.errors import ApplyError
-from freezeplan.facade import AppliedPlan, applied
 
 
 class Plans:
@@ -24,8 +24,8 @@ class Plans:
             processes: a trainer wraps a model once, and gradients of what is thawed later would not be synchronised.
 
     Examples:
-        >>> from freezeplan.facade import apply_plan
-        >>> from freezeplan.zoo import create_model
+        >>> from freezeplan.api import apply_plan
+        >>> from freezeplan.model import create_model
         >>> module = nn.ModuleDict({"net": create_model("test_resnet", num_classes=3)})
         >>> live = apply_plan(module["net"], "linear_probe")
         >>> Plans(module).state_dict()["net"]["progress"]["epoch"]

@@ -1,0 +1,558 @@
+"""``AppliedPlan``: the handle on a plan that is applied to a model. It keeps names, never tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from freezeplan.apply import freeze, phases
+from freezeplan.cache import boundaries, fill, key, memory, reader, replay, store
+from freezeplan.cache.calls import undisturbed
+from freezeplan.cache.features import Features, Images
+from freezeplan.cache.prefix import Prefix
+from freezeplan.errors import ApplyError
+from freezeplan.guard import schedulers
+from freezeplan.guard.guard import Guard
+from freezeplan.model import names
+from freezeplan.model.sharded import is_sharded
+from freezeplan.plan.load import load_plan
+from freezeplan.plan.schema import Plan
+from freezeplan.proof import delta
+from freezeplan.proof.seal import Seal, Verification, compare, take_seal
+from freezeplan.resolve.resolution import Resolution
+
+ATTRIBUTE = "_freezeplan"
+LIVE: weakref.WeakSet[AppliedPlan] = weakref.WeakSet()
+"""Plans that were applied in this process and maybe undone since, those of copies too."""
+
+
+def applied(model: nn.Module) -> AppliedPlan | None:
+    """Return the plan that is live on a model, or None.
+
+    Examples:
+        >>> applied(nn.Linear(2, 2)) is None
+        True
+    """
+    found = names.unwrap(model).__dict__.get(ATTRIBUTE)
+    return found if isinstance(found, AppliedPlan) else None
+
+
+class AppliedPlan:
+    """A plan that is live on a model. ``apply_plan`` makes it.
+
+    It iterates over the optimizer's groups, and as a context manager undoes the plan at the end. Parameters are looked
+    up by name at each use, never kept.
+
+    Examples:
+        >>> from freezeplan import apply_plan
+        >>> from freezeplan.model import create_model
+        >>> model = create_model("test_resnet", num_classes=3)
+        >>> plan = {"version": 1, "rules": [{"role": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}]}
+        >>> with apply_plan(model, plan) as live:
+        ...     live.seal()
+        ...     print(live.verify(), sum(p.requires_grad for p in model.parameters()))
+        held: 90 frozen tensors and buffers are bit-identical 2
+        >>> all(p.requires_grad for p in model.parameters()), applied(model)
+        (True, None)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        resolution: Resolution,
+        before: freeze.Before,
+        *,
+        lr: float | None,
+        weight_decay: float | None,
+        scheduler: freeze.Scheduler,
+        epochs: int | None,
+        guard: bool,
+    ):
+        self.model = model
+        """The model, without wrappers."""
+        self.resolution = resolution
+        """What the plan means for it, tensor by tensor."""
+        self._lr, self._weight_decay, self._scheduler = lr, weight_decay, scheduler
+        self._epochs = epochs
+        self._progress = phases.Progress()
+        self._guard = Guard(model, resolution, self._phase_index, scheduler, closely=guard)
+        self._before = before
+        self._seal: Seal | None = None
+        self._memoised: tuple[Any, boundaries.Cuts] | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """The plan."""
+        return self.resolution.plan
+
+    @property
+    def scheduler(self) -> freeze.Scheduler:
+        """Who multiplies the rates, as ``apply_plan`` was told: ``torch``, ``timm`` or ``any``."""
+        return self._scheduler
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Fresh groups for an optimizer, of the parameters that the model has now.
+
+        Each has ``params``, ``param_names``, ``name``, ``lr_mult``, ``wd_mult``, and ``lr``, ``weight_decay``,
+        ``lr_scale`` as ``apply_plan`` says. Frozen parameters are in none.
+        """
+        self._check_live()
+        self._guard.watch()  # of a copy of the model none are watched until it is trained itself
+        return freeze.param_groups(
+            self.model, self.resolution, lr=self._lr, weight_decay=self._weight_decay, scheduler=self._scheduler
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.param_groups)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return the trained parameters, for ``torch.nn.utils.clip_grad_norm_``."""
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    @property
+    def phase(self) -> str:
+        """Name of the phase that the model is in; empty for a plan without phases."""
+        return self._part.phase
+
+    @property
+    def _part(self) -> Resolution:
+        return self.resolution.parts[self._phase_index()]
+
+    def _phase_index(self) -> int:
+        return phases.phase_at(self.plan.phases, self._progress, self._epochs)
+
+    def step(
+        self,
+        *,
+        epoch: int,
+        metrics: Mapping[str, float] | None = None,
+        rewrap: bool = False,
+        find_unused: bool = False,
+    ) -> bool:
+        """Say which epoch comes next; call it before every epoch. A new phase sets flags, gradients and pins.
+
+        Optimizer groups stay as they are, and the state of what is frozen again is kept.
+
+        Args:
+            epoch: The epoch that comes next, from 0.
+            metrics: What was measured after the one before it, for phases that end at a plateau.
+            rewrap: With several processes: the model is wrapped in DistributedDataParallel anew whenever this returns
+                True.
+            find_unused: With several processes: the model was wrapped with ``find_unused_parameters=True`` while
+                everything that any phase trains had ``requires_grad``.
+
+        Returns:
+            Whether a new phase has begun.
+
+        Raises:
+            ApplyError: If the plan was undone, other code broke it since (see ``check``), a metric is missing, the
+                rates need ``attach`` and it was not called, or the phase changes in several processes without one of
+                the two promises: the gradients of what is thawed would not be synchronised, and nothing would say so.
+                ``fully_shard`` synchronises whatever has a gradient and needs none.
+
+        Examples:
+            >>> from freezeplan import apply_plan
+            >>> from freezeplan.model import create_model
+            >>> model = create_model("test_resnet", num_classes=3)
+            >>> rules = [{"role": "body", "frozen": True}]
+            >>> phases = [{"name": "head", "until": 1, "rules": rules}, {"name": "all"}]
+            >>> plan = {"version": 1, "phases": phases, "rules": [{"match": ".*", "lr_mult": 1}]}
+            >>> with apply_plan(model, plan) as live:
+            ...     for epoch in range(3):
+            ...         print(live.step(epoch=epoch), live.phase, sum(p.requires_grad for p in model.parameters()))
+            False head 2
+            True all 47
+            False all 47
+        """
+        self._check_live()
+        if self._scheduler == "any" and not self._guard.attached:
+            raise ApplyError("scheduler='any' multiplies inside optimizer.step()", notes=["applied.attach(optimizer)"])
+        if self._guard.closely:
+            self._guard.check((), f"seen before epoch {epoch}")
+        before = self._part
+        moved = phases.advance(self.plan.phases, self._progress, self._epochs, epoch, metrics or {})
+        after = self.resolution.parts[phases.phase_at(self.plan.phases, moved, self._epochs)]
+        changed = after is not before
+        if (
+            changed
+            and _world_size() > 1
+            and not (rewrap or find_unused or all(map(is_sharded, self.model.parameters())))
+        ):
+            raise ApplyError(
+                f"phase {after.phase!r} would begin in {_world_size()} processes: gradients of what it thaws would "
+                "not be synchronised, without an error",
+                notes=[
+                    "either: if applied.step(epoch=e, rewrap=True): model = DistributedDataParallel(module)",
+                    "or: wrap once with find_unused_parameters=True, and applied.step(epoch=e, find_unused=True)",
+                ],
+            )
+        self._progress = moved
+        if changed:
+            self._enter()
+        return changed
+
+    def _enter(self) -> None:
+        self._memoised = None
+        freeze.enter(names.survey(self.model), self._part)
+        self._guard.enter_phase()
+
+    def attach(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Multiply the rates of these optimizers inside each of their steps, for ``scheduler="any"``.
+
+        What a scheduler writes into ``lr`` is the base rate and is never changed, so the ratios hold under warm-ups,
+        floors, restarts and OneCycle alike.
+
+        Args:
+            *optimizers: All that train this model, made from ``param_groups``. Each gets two hooks, which ``undo``
+                takes away. One that holds another (Lookahead, SAM, what accelerate or Lightning prepared) is followed
+                to it, and each group is multiplied once, however steps are nested.
+
+        Raises:
+            ApplyError: If the plan was applied for another scheduler, is not live, or the optimizers miss a trained
+                parameter, multiply already, or torch hooks no step that moves a parameter of the plan.
+
+        Examples:
+            >>> from freezeplan import apply_plan
+            >>> from freezeplan.model import create_model
+            >>> model = create_model("test_resnet", num_classes=3)
+            >>> rules = [{"role": "head", "lr_mult": 1}, {"match": ".*", "lr_mult": 0.1}]
+            >>> live = apply_plan(model, {"version": 1, "rules": rules}, scheduler="any")
+            >>> optimizer = torch.optim.AdamW(live, lr=1e-3)
+            >>> live.attach(optimizer)
+            >>> scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+        """
+        self._check_live()
+        self._guard.attach(optimizers)
+
+    def check(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Refuse what other code did to the model since the plan was applied, and optimizers that break it.
+
+        Unless the plan was applied with ``guard=False``, the same is checked when an optimizer first steps and, by
+        ``step``, before every epoch. Call it with the optimizers, after their schedulers are made, to know it earlier
+        and to have a trained parameter named that is in none. No value is read: ``seal`` and ``verify`` do that.
+
+        Args:
+            *optimizers: All that train this model; without any, those that were given before.
+
+        Raises:
+            ApplyError: With all problems at once. Of the model: parameters lost, added, reshaped; ``requires_grad``
+                set, a gradient left, ``.training`` set or a pin lost by other code; reentrant checkpointing behind a
+                frozen prefix. Of the optimizers: trained parameters that they miss or hold in an outdated form, frozen
+                ones that they hold, nothing to train, rates that a scheduler flattened (it is named, with the arguments
+                that would be right) or that are multiplied twice.
+
+        Examples:
+            >>> from freezeplan import apply_plan
+            >>> from freezeplan.model import create_model
+            >>> model = create_model("test_resnet", num_classes=3)
+            >>> live = apply_plan(model, {"version": 1, "rules": [{"match": "fc", "lr_mult": 1}],
+            ...                           "default": {"lr_mult": 0.5}}, lr=0.1)
+            >>> optimizer = torch.optim.SGD(live)
+            >>> live.check(optimizer)
+            >>> scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+            >>> live.check()  # doctest: +ELLIPSIS
+            Traceback (most recent call last):
+            ...
+            freezeplan.errors.ApplyError: OneCycleLR flattened the rates: group 'lr_mult=0.5' has lr 0.004, ...
+        """
+        self._check_live()
+        self._guard.check(optimizers)
+
+    def scheduler_kwargs(self, scheduler: type | str, **arguments: Any) -> dict[str, Any]:
+        """Return a torch scheduler's arguments with each absolute rate as a list, so that it keeps the plan's ratios.
+
+        Args:
+            scheduler: A class of ``torch.optim.lr_scheduler``, or its name.
+            **arguments: Its arguments as for a multiplier of 1.
+
+        Raises:
+            ApplyError: If the scheduler has an absolute floor that takes no list, is not known to keep ratios, or the
+                plan was applied for another kind of scheduler.
+
+        Examples:
+            >>> from freezeplan import apply_plan
+            >>> from freezeplan.model import create_model
+            >>> model = create_model("test_resnet", num_classes=3)
+            >>> rules = [{"role": "head", "lr_mult": 1}, {"match": ".*", "lr_mult": 0.5}]
+            >>> live = apply_plan(model, {"version": 1, "rules": rules, "weight_decay": "all"}, lr=0.1)
+            >>> live.scheduler_kwargs("OneCycleLR", max_lr=0.1, total_steps=10)
+            {'max_lr': [0.05, 0.1], 'total_steps': 10}
+        """
+        self._check_live()
+        if self._scheduler != "torch":
+            raise ApplyError(f"this plan was applied with scheduler={self._scheduler!r}, so schedulers take base rates")
+        return schedulers.arguments(scheduler, [group.lr_mult for group in self.resolution.groups], arguments)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far the training is, as plain data for a checkpoint; the plan is in it, to be compared."""
+        return {"plan": self.plan.model_dump(mode="json", exclude_defaults=True), "progress": self._progress.as_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken: the model is put into that phase.
+
+        With several processes call it before the model is wrapped in DistributedDataParallel, which looks at what has
+        ``requires_grad`` once.
+
+        Raises:
+            ApplyError: If the state belongs to another plan.
+        """
+        self._check_live()
+        if load_plan(state["plan"]) != self.plan:
+            raise ApplyError(f"this state belongs to another plan than {self.plan.title!r}")
+        self._progress = phases.Progress.from_dict(state["progress"])
+        self._enter()
+
+    def seal(self, *, copy: bool = False) -> None:
+        """Store digests (sha256) of what is frozen, parameters and buffers, for ``verify``.
+
+        Of a model in shards (``fully_shard``) the whole values count, and every process calls ``seal`` and ``verify``.
+
+        Args:
+            copy: Keep the values too, so that ``verify`` can say by how much something moved; costs their memory.
+        """
+        self._check_live()
+        self._unseal()
+        self._seal = take_seal(self.model, self.resolution, copy=copy)
+
+    def _unseal(self) -> None:
+        if self._seal is not None:
+            self._seal.loads.remove()
+
+    def verify(self) -> Verification:
+        """Compare what is frozen with the seal, bit by bit.
+
+        Returns:
+            True in a condition if everything held; otherwise it names what moved and the likely cause. It says so where
+            the plan freezes nothing in all of its phases.
+
+        Raises:
+            ApplyError: If there is no seal.
+        """
+        if self._seal is None:
+            raise ApplyError("nothing to compare with: no seal was taken", notes=["call seal() before training"])
+        return compare(self.model, self.resolution, self._seal, self._guard.optimizers)
+
+    def save_delta(self, path: str | Path) -> None:
+        """Write what the training changed into a file that goes onto the base it was made on, and onto no other.
+
+        It holds the trained tensors and moved buffers (safetensors), the plan, the phase, timm's name of the model and
+        timm's version, and the digests of all that stood still. ``freezeplan.load_delta(model, path)`` reads it.
+
+        Args:
+            path: Where the file goes; it is written under another name and renamed. Where the model is in shards
+                (``fully_shard``), every process calls this and the first one writes.
+
+        Raises:
+            ApplyError: If the plan is not live, or what was sealed has moved.
+            OutputError: If the file cannot be written.
+
+        Examples:
+            >>> import tempfile
+            >>> from freezeplan import apply_plan
+            >>> from freezeplan.model import create_model
+            >>> live = apply_plan(create_model("test_resnet", num_classes=3), "linear_probe")
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     live.save_delta(Path(folder, "probe.safetensors"))
+            ...     print([file.name for file in Path(folder).iterdir()])
+            ['probe.safetensors']
+        """
+        self._check_live()
+        found = (
+            compare(self.model, self.resolution, self._seal, self._guard.optimizers) if self._seal is not None else None
+        )
+        if found is not None and not found:
+            raise ApplyError(
+                f"{len(found.moved)} frozen tensors and buffers moved since the seal, so no base would fit this delta",
+                notes=[str(moved) for moved in found.moved[:3]],
+            )
+        delta.save(self.model, self.resolution, self.phase, path)
+
+    def prefix(self, sample: torch.Tensor) -> Prefix:
+        """Say what of a forward pass is the same for an image in every epoch, and what it would cost to cache.
+
+        Runs the model on two and three images of the sample, five times forward and once backward to no parameter,
+        under the caller's autocast. Nothing of it changes.
+
+        Args:
+            sample: A batch of at least two images as the model gets them, (N, C, H, W), on the model's device.
+
+        Returns:
+            The calls that can be cached, the bytes of an image that the rest of the pass reads, forward FLOPs of both
+            parts, and why other frozen modules cannot; as text it ends with advice.
+
+        Raises:
+            ApplyError: If the plan is not live, the sample is no batch, or nothing trained takes part in the answer.
+
+        Examples:
+            >>> from freezeplan import apply_plan
+            >>> from freezeplan.model import create_model
+            >>> live = apply_plan(create_model("test_resnet", num_classes=3), "linear_probe")
+            >>> print(live.prefix(torch.zeros(2, 3, 64, 64)))
+            cached: global_pool
+            384 bytes an image, 0.0078 times the image's 49,152
+            32,784,384 of 32,784,960 forward FLOPs an image (100.0%)
+        """
+        self._check_live()
+        return boundaries.prefix_of(self.model, sample)
+
+    def cached(
+        self,
+        dataset: Dataset[Any],
+        directory: str | Path | None = None,
+        *,
+        views: int = 1,
+        dtype: memory.FeatureDtype = "float32",
+        keep: memory.Keep = "auto",
+        prepare: nn.Module | None = None,
+        batch_size: int = 32,
+        device: torch.device | str | None = None,
+        workers: int = 0,
+        limit: int | None = None,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> tuple[Features | Images, nn.Module]:
+        """Compute what the frozen part gives for every image once, and train on that from then on.
+
+        The features of images that are on disk already are not computed again. Before it returns, the pass over
+        features is compared with the plain one: answers and gradients, with the trained parameters as they are and
+        changed at random. With phases, the features of later ones are kept in the same pass where they are no larger
+        than the images; call this again when ``step`` returns True. In a phase in which nothing can be kept it gives
+        the images and the model, so that the same loop trains every phase.
+
+        Args:
+            dataset: Gives images, (C, H, W) and floating-point, or tuples that begin with one, the same each time.
+            directory: Where features are kept; the user's cache folder if not given. It may be shared by plans, models
+                and data sets, and by processes, which then share the work.
+            views: Number of fixed augmented versions of each image; then the data set may augment at random.
+            dtype: Of the numbers that are kept. float32 keeps results; the others take half the room.
+            keep: Where features are while a model is trained on them. ``device``: where the model is; ``host``: in host
+                memory, which a GPU copies batches from by itself; ``disk``: in memory-mapped files. What is larger
+                than half of the memory that is free goes to the next of these, with a warning. ``auto``: ``device``
+                where that is a CUDA device, else ``disk``. The files are written in any case: with ``disk`` before
+                this returns, otherwise by a thread, beside the training.
+            prepare: Takes a batch of raw images, (N, ...) of any type, on the device, and gives what the model gets,
+                (N, C, H, W) and floating-point. Then the data set gives raw images, for example bytes, and these are
+                read, hashed and copied to the device. What it does goes into the names of the files: its class,
+                settings, text (``repr``) and tensors. It is moved to the model's device.
+            batch_size: Images a pass.
+            device: Where the passes run, there and back again; where the model is if not given.
+            workers: Processes that read images.
+            limit: Bytes that the directory may hold at most; None: what the disk has.
+            seed: Decides the views.
+            progress: Is told how many rows have features, and of how many: ``views * len(dataset)``.
+
+        Returns:
+            A data set with the same length and targets and features for images, and the module to train on them: its
+            parameters are the model's own trained ones, so the optimizer, averages and checkpoints stay valid, and
+            the model itself can be evaluated on images at any time. In a phase in which nothing can be kept: the images
+            in that shape, and the model.
+
+        Raises:
+            ApplyError: If an argument is none that is possible, nothing can be memoised and the plan has no phases, the
+                images are not the same each time, or the comparison fails.
+            FreezePlanError: If the features do not fit, the directory cannot be used, or an image has another shape
+                than the first.
+
+        Examples:
+            >>> import tempfile
+            >>> from freezeplan import apply_plan
+            >>> from freezeplan.model import create_model
+            >>> model = create_model("test_resnet", num_classes=3)
+            >>> live = apply_plan(model, "linear_probe", lr=0.1)
+            >>> images, labels = torch.rand(6, 3, 64, 64), torch.tensor([0, 1, 2] * 2)
+            >>> with tempfile.TemporaryDirectory() as directory:
+            ...     features, rest = live.cached(torch.utils.data.TensorDataset(images, labels), directory)
+            ...     x, y = next(iter(torch.utils.data.DataLoader(features, batch_size=6)))
+            >>> tuple(x.shape), torch.allclose(rest.eval()(x), model(images), atol=1e-5)
+            ((6, 96), True)
+            >>> {id(p) for p in rest.parameters()} == {id(p) for p in live.trainable_parameters()}
+            True
+        """
+        self._check_live()
+        reader.check_arguments(dataset, views=views, batch_size=batch_size, dtype=dtype, keep=keep, prepare=prepare)
+        home = next(self.model.parameters()).device
+        there = home if device is None else torch.device(device)
+        reader.check_fixed(dataset, views, seed, prepare)
+        where = store.default_directory() if directory is None else Path(directory)
+        with undisturbed(self.model):
+            self.model.to(there)
+            try:
+                raw = reader.first_images(dataset, views, seed, prepare).to(there)
+                prepare = prepare if prepare is None else prepare.to(there)
+                reader.check_prepare(prepare, raw)
+                sample = reader.prepared(raw, prepare)
+                if self.plan.phases and (obstacle := self.prefix(sample).obstacle):
+                    images = Images(dataset, views=views, seed=seed, prepare=prepare, device=home, reason=obstacle)
+                    return images, self.model
+                cuts = self._cuts(sample)
+                found, earlier = boundaries.places(self.model, self.resolution, cuts, where, dtype, there)
+                self.model.train()
+                with replay.channels_last(self.model, [one.prefix for one in found], sample):
+                    features = fill.fill(
+                        self.model, found, dataset, views=views, seed=seed, dtype=dtype, batch_size=batch_size,
+                        device=there, home=home, workers=workers, limit=limit, progress=progress, earlier=earlier,
+                        keep=keep, prepare=prepare,
+                    )  # fmt: skip
+                    batch = reader.prepared(
+                        reader.first_batch(dataset, views, seed, batch_size, prepare).to(there), prepare
+                    )
+                    features.size_difference = key.check_stored(self.model, found[0].prefix, batch, features, there)
+            finally:
+                self.model.to(home)
+                if prepare is not None:
+                    prepare.to(home)
+        return features, cuts.rest
+
+    def _cuts(self, sample: torch.Tensor) -> boundaries.Cuts:
+        """What can be kept, found once a phase and shape of images."""
+        facts = (sample.shape, sample.dtype, repr(key.arithmetic(sample.device)))
+        if self._memoised is None or self._memoised[0] != facts:
+            index = self._phase_index()
+            self._memoised = facts, boundaries.find_cuts(self.model, self.resolution, index, sample)
+        return self._memoised[1]
+
+    def undo(self) -> None:
+        """Give the model back its flags and modes, take the pins away, clear gradients. Values stay. Twice is once."""
+        if applied(self.model) is self:
+            self._guard.remove()
+            self._unseal()
+            freeze.restore(names.survey(self.model), self._before)
+            del self.model.__dict__[ATTRIBUTE]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model, an average of its weights for one, lies elsewhere.
+        seal = self._seal and dataclasses.replace(self._seal, places={})
+        return {**self.__dict__, "_memoised": None, "_seal": seal}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        LIVE.add(self)
+
+    def __enter__(self) -> AppliedPlan:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        frozen, trained = len(self.resolution.frozen), len(self.resolution.trained)
+        return (
+            f"<AppliedPlan {self.plan.title!r} on {self.resolution.model}: {frozen} tensors frozen, {trained} trained>"
+        )
+
+    def _check_live(self) -> None:
+        if applied(self.model) is not self:
+            raise ApplyError(f"the plan {self.plan.title!r} is no longer live on this model: it was undone or replaced")
+
+
+def _world_size() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

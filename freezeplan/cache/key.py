@@ -1,0 +1,129 @@
+"""What decides about cached features besides the images: their key, and the check that they are the model's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freezeplan.cache.features import Features
+from freezeplan.cache.independence import largest_difference, same
+from freezeplan.cache.memory import FeatureDtype as FeatureDtype
+from freezeplan.cache.prefix import Prefix
+from freezeplan.cache.replay import capture
+from freezeplan.errors import ApplyError
+from freezeplan.model import describer, names
+from freezeplan.proof import seal
+from freezeplan.resolve.resolution import Resolution
+
+
+def key(model: nn.Module, part: Resolution, prefix: Prefix, dtype: FeatureDtype, device: torch.device) -> str:
+    """Return a digest of all that decides about the bits of features but the images.
+
+    Frozen parameters and buffers, bit by bit; which outputs are kept; the modules' own settings; the device and the
+    numbers that it computes with; the versions of torch and timm.
+    """
+    found = hashlib.sha256()
+    live = names.modules(model)
+    facts = {
+        "format": 2,  # convolutions of cached calls lie channels-last while features are computed
+        "model": [describer.title(model), type(model).__module__, type(model).__qualname__],
+        "calls": [(call.module, call.number, repr(call.outputs), repr(live.get(call.module))) for call in prefix.calls],
+        "image": [prefix.image_shape, str(prefix.image_dtype)],
+        "dtype": dtype,
+        **arithmetic(device),
+        "versions": [torch.__version__, describer.version()],
+    }
+    found.update(json.dumps(facts).encode())
+    for name, tensors in seal.still(model, part):
+        found.update(f"{name} {seal.digest(tensors)}".encode())
+    return found.hexdigest()[:16]
+
+
+def arithmetic(device: torch.device) -> dict[str, Any]:
+    """Return what decides about the bits of a product of matrices besides its numbers, as plain data.
+
+    The kind of device and its name; autocast; how exact float32 products are (TF32); cuDNN's version; on the CPU its
+    instruction set and the number of threads, which change the order of sums.
+
+    Examples:
+        >>> arithmetic(torch.device("cpu"))["device"][0]
+        'cpu'
+    """
+    kind = device.type
+    named = torch.cuda.get_device_name(device) if kind == "cuda" else ""
+    cpu = [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()] if kind == "cpu" else []
+    return {
+        "device": [kind, named, *cpu],
+        "autocast": str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "",
+        "precision": {place: _setting(place) for place in _PRECISIONS},
+        "cudnn": torch.backends.cudnn.version() if kind == "cuda" else None,  # type: ignore[no-untyped-call]
+        "override": os.environ.get("NVIDIA_TF32_OVERRIDE", ""),
+    }
+
+
+_PRECISIONS = (
+    "fp32_precision", "cuda.matmul.fp32_precision", "cudnn.conv.fp32_precision", "cudnn.rnn.fp32_precision",
+    "mkldnn.matmul.fp32_precision", "mkldnn.conv.fp32_precision", "cuda.matmul.allow_tf32", "cudnn.allow_tf32",
+    "cuda.matmul.allow_bf16_reduced_precision_reduction", "cuda.matmul.allow_fp16_reduced_precision_reduction",
+)  # fmt: skip
+"""Settings below ``torch.backends``; the newer ones are there from torch 2.9 on, which refuses to read the older ones
+where a newer one was set."""
+
+
+def _setting(place: str) -> str:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return str(operator.attrgetter(place)(torch.backends))
+    except (AttributeError, RuntimeError):
+        return ""
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Where the frozen part ends in one phase, and where its features are kept."""
+
+    prefix: Prefix
+    folder: Path
+    about: Mapping[str, Any]
+    """What ``freezeplan cache ls`` says of them."""
+
+
+def check_stored(model: nn.Module, prefix: Prefix, images: Tensor, features: Features, device: torch.device) -> float:
+    """Compute the first batch of features once more, and compare it with what is stored, bit by bit.
+
+    It is the very computation that stored them: the same images in one batch, under the same autocast, with weights in
+    the same memory format.
+
+    Args:
+        model: As it was when the features were computed.
+        prefix: What is cached of it.
+        images: The first batch of them, (N, C, H, W), as the model gets them.
+        features: What is stored.
+        device: Where the passes run.
+
+    Returns:
+        By how much the features of the first three images differ if only these are in the batch, relative to the
+        largest: the rounding of a device that chooses kernels by shape. It is reported, and never judged.
+
+    Raises:
+        ApplyError: If they differ: something that no digest covers has changed.
+    """
+    fresh = capture(model, [prefix], images.to(device))[0]
+    stored = features.batch(range(min(len(fresh), len(features)))).to(device)
+    if not same(fresh[: len(stored)].to(stored.dtype), stored):
+        raise ApplyError(
+            "the features on disk are not those that the model gives now",
+            notes=["freezeplan cache rm, then again; if it stays so, the frozen part is not deterministic"],
+        )
+    return largest_difference(fresh[:3], capture(model, [prefix], images[:3].to(device))[0])

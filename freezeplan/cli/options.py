@@ -1,0 +1,86 @@
+"""What several commands take and give alike: plans, models, JSON."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from typing import Annotated, Any, get_args
+
+import typer
+
+from freezeplan.cli import completion
+from freezeplan.errors import did_you_mean
+
+_PLAN = "A plan file (.yaml, .toml, .json) or a preset's name."
+_MODEL = "A timm model name, or package.module:function."
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """Read an argument for creating a model.
+
+    Raises:
+        typer.BadParameter: If it is not a name, an equals sign, and a value.
+
+    Examples:
+        >>> key_value("img_size=32"), key_value("pos_embed=none")
+        (('img_size', 32), ('pos_embed', 'none'))
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise typer.BadParameter(f"expected KEY=VALUE, found {text!r}", param_hint="--model-arg")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def one_of(words: Any, metavar: str | None = None) -> dict[str, Any]:
+    """Return what makes an option or argument one of the words of a ``Literal``: parsed, completed, in the help.
+
+    The parser raises ``typer.BadParameter`` for another word, with the nearest of them.
+
+    Examples:
+        >>> from typing import Literal
+        >>> one_of(Literal["cpu", "cuda"])["parser"]("cpu")
+        'cpu'
+    """
+    known = get_args(words)
+
+    def parse(given: object) -> str:
+        word = str(given)  # a settings file may hold a number
+        if word not in known:
+            found = f"{word!r} is not one of {', '.join(map(repr, known))}"
+            raise typer.BadParameter("; ".join([found, *did_you_mean(word, known)]))
+        return word
+
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in known if word.startswith(incomplete)]
+
+    return {"parser": parse, "metavar": metavar or f"<{'|'.join(known)}>", "autocompletion": complete}
+
+
+PlanArgument = Annotated[str, typer.Argument(metavar="PLAN", help=_PLAN, autocompletion=completion.plans)]
+PlanOption = Annotated[str, typer.Option(metavar="PLAN", help=_PLAN, autocompletion=completion.plans)]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, autocompletion=completion.models)]
+OptionalModel = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=_MODEL, autocompletion=completion.models)]
+ModelOption = Annotated[str, typer.Option(metavar="MODEL", help=_MODEL, autocompletion=completion.models)]
+NumClasses = Annotated[int | None, typer.Option(min=0, help="Number of classes; the model's own if not given.")]
+ModelArg = Annotated[
+    list[Any] | None,
+    typer.Option(metavar="KEY=VALUE", parser=key_value, help="An argument for creating the model; repeatable."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def print_json(data: object) -> None:
+    """Print data as JSON, names as they are written; what is no number, which JSON cannot say, is null."""
+    typer.echo(json.dumps(_numbers(data), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _numbers(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _numbers(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_numbers(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -1,0 +1,383 @@
+"""File, preset or dict -> Plan. Every mistake of a file is reported at once, each with ``file:line:column``.
+
+YAML 1.2 and JSON carry positions down to the value (ruamel.yaml), TOML down to the key. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import json
+import re
+import tomllib
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from freezeplan.errors import FreezePlanWarning, PlanError, Problem, did_you_mean
+from freezeplan.plan import catalogue
+from freezeplan.plan.location import Loc, Source, loc_text
+from freezeplan.plan.schema import Plan, Rate, Rule
+from freezeplan.plan.toml_places import toml_places
+
+PlanLike = Plan | Mapping[str, Any] | str | Path
+"""What every function that takes a plan accepts: a Plan, a dict, a path, or the name of a preset."""
+
+_SUFFIXES = (".yaml", ".yml", ".toml", ".json")
+_ESCAPE_HINT = r"in a regular expression write single quotes, 'features\.0', or two backslashes, " + r'"features\\.0"'
+_QUOTE_HINT = (
+    r"inline braces end a plain pattern at [ ] { } and a comma: quote it, {match: 'blocks\.[0-3]', frozen: true}"
+)
+
+
+def load_plan(plan: PlanLike) -> Plan:
+    """Read and check a plan; whether it fits a model is ``resolve_plan``'s business.
+
+    Args:
+        plan: A Plan (returned as it is), a dict, a path to a YAML 1.2, TOML or JSON file (``.yaml``, ``.yml``,
+            ``.toml``, ``.json``), or the name of a preset such as ``linear_probe``.
+
+    Returns:
+        The plan; it remembers where it was written for later errors.
+
+    Raises:
+        PlanError: If the file or preset does not exist, cannot be parsed, or is not a valid plan. It lists all problems
+            of the file, each with its place, what was found and what was expected.
+
+    Examples:
+        >>> load_plan("linear_probe").name
+        'linear_probe'
+        >>> load_plan({"version": 1, "rules": [{"match": ".*", "lr_mul": 0.2}]})
+        Traceback (most recent call last):
+        ...
+        freezeplan.errors.PlanError: rules[0].lr_mul: unknown key 'lr_mul'
+          did you mean 'lr_mult', 'wd_mult'?
+    """
+    if isinstance(plan, Plan):
+        return plan
+    if isinstance(plan, Mapping):
+        return _validate(dict(plan), Source())
+    path = Path(plan)
+    if path.suffix.lower() in _SUFFIXES:
+        return _parse(read_text(path), path.suffix.lower(), str(plan))
+    name = str(plan)
+    presets = catalogue.shipped()
+    if name in presets:
+        return _shipped(name)
+    added = catalogue.added()
+    if name in added:
+        return _from_package(added[name])
+    notes = did_you_mean(name, [*presets, *added]) or (f"presets: {', '.join([*presets, *added])}",)
+    notes += (f"a plan file ends in one of {' '.join(_SUFFIXES)}",)
+    raise PlanError(f"no preset is called {name!r}", notes=notes)
+
+
+@functools.cache
+def _shipped(name: str) -> Plan:
+    """A preset of this package; a plan cannot be changed, so one is enough."""
+    return _parse(catalogue.shipped()[name].read_text(encoding="utf-8"), ".yaml", f"{name}.yaml")
+
+
+def load_presets() -> dict[str, Plan]:
+    """Return every preset by name: those that ship, then those that other packages add.
+
+    Warns:
+        FreezePlanWarning: Where another package's plan cannot be read; the rest is returned.
+
+    Examples:
+        >>> load_presets()["linear_probe"].rules[0].role
+        ('head',)
+    """
+    found = {name: load_plan(name) for name in catalogue.shipped()}
+    for name, file in catalogue.added().items():
+        try:
+            found[name] = _from_package(file)
+        except PlanError as error:
+            warnings.warn(f"preset {name!r} is left out: {error}", FreezePlanWarning, stacklevel=2)
+    return found
+
+
+def _from_package(file: Traversable) -> Plan:
+    """Read another package's plan; its errors name the file."""
+    try:
+        return _parse(file.read_text(encoding="utf-8"), ".yaml", str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"cannot be read: {error}", where=str(file)) from None
+
+
+def read_text(path: Path) -> str:
+    """Return a file's text.
+
+    Raises:
+        PlanError: If it does not exist, with the nearest names beside it, cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        siblings = (entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else ()
+        raise PlanError("no such file", where=str(path), notes=did_you_mean(path.name, siblings)) from None
+    except UnicodeDecodeError as error:
+        raise PlanError(f"not UTF-8 text (byte {error.start})", where=str(path)) from None
+    except OSError as error:
+        raise PlanError(f"cannot be read: {error.strerror}", where=str(path)) from None
+
+
+def read_data(path: Path) -> tuple[Any, Source]:
+    """Read a YAML 1.2, TOML or JSON file: plain data, and where each part of it stands.
+
+    Raises:
+        PlanError: If the file cannot be read or parsed, with the place.
+    """
+    return _data(read_text(path), path.suffix.lower(), str(path))
+
+
+def _parse(text: str, suffix: str, name: str) -> Plan:
+    return _validate(*_data(text, suffix, name))
+
+
+LARGEST = 256 * 1024
+"""Bytes of a plan file; the largest preset has less than one hundredth of it."""
+_DEEPEST, _MOST = 32, 100_000
+
+
+def _data(text: str, suffix: str, name: str) -> tuple[Any, Source]:
+    if len(text) > LARGEST:
+        raise PlanError(f"{len(text):,} characters; a plan has at most {LARGEST:,}", where=name)
+    try:
+        return _parsed(text, suffix, name)
+    except RecursionError:
+        raise PlanError("nested too deeply for a plan", where=name) from None
+
+
+def _check_size(node: Any, name: str) -> None:
+    """Refuse what aliases blow up or tie into a ring, before anything walks through all of it."""
+    count, open_ = 0, [(node, 0)]
+    while open_:
+        found, depth = open_.pop()
+        count += 1
+        if depth > _DEEPEST or count > _MOST:
+            what = "nested too deeply" if depth > _DEEPEST else f"more than {_MOST:,} values"
+            raise PlanError(
+                f"{what} for a plan", where=name, notes=["an alias that holds itself, or others, does this"]
+            )
+        tag = getattr(getattr(found, "tag", None), "value", None)
+        if tag is not None:
+            raise PlanError(f"the tag {tag!r}; a plan has plain values only", where=name)
+        keys = [key for key in found if not isinstance(key, (str, int, float))] if isinstance(found, Mapping) else []
+        if keys:
+            raise PlanError(f"a key is text, found a {type(keys[0]).__name__}", where=name)
+        parts = found.values() if isinstance(found, Mapping) else found if isinstance(found, list) else ()
+        open_ += [(part, depth + 1) for part in parts]
+
+
+def _parsed(text: str, suffix: str, name: str) -> tuple[Any, Source]:
+    if suffix == ".toml":
+        try:
+            return tomllib.loads(text), Source(name, dict(_toml_positions(text)))
+        except tomllib.TOMLDecodeError as error:
+            message, _, place = str(error).partition(" (at line ")
+            line, _, column = place.rstrip(")").partition(", column ")
+            where = f"{name}:{line}:{column}" if column else name
+            raise PlanError(_lower(message), where=where, notes=(_ESCAPE_HINT,) if "\\" in message else ()) from None
+        except ValueError as error:  # an integer of thousands of digits
+            raise PlanError(f"not TOML: {error}", where=name) from None
+    if suffix == ".json":
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            hints = (r'JSON needs two backslashes: "features\\.0"',) if "escape" in error.msg else ()
+            raise PlanError(_lower(error.msg), where=f"{name}:{error.lineno}:{error.colno}", notes=hints) from None
+        except ValueError as error:  # an integer of thousands of digits
+            raise PlanError(f"not JSON: {error}", where=name) from None
+        _check_size(data, name)
+        marked = _parse_yaml(text.replace("\t", " "), name)  # YAML refuses tabs; in JSON they only stand between tokens
+        return data, Source(name, dict(_positions(marked, ())))
+    marked = _parse_yaml(text, name)
+    _check_size(marked, name)
+    return _plain(marked), Source(name, dict(_positions(marked, ())))
+
+
+def _parse_yaml(text: str, name: str) -> Any:
+    if _brackets(text) > _DEEPEST * 8:  # the parser would take seconds to fail
+        raise PlanError("nested too deeply for a plan", where=name)
+    reader = YAML(typ="rt", pure=True)
+    reader.composer.warn_double_anchors = False  # YAML 1.2 allows them; the warning would quote the file
+    try:
+        return reader.load(io.StringIO(text))
+    except DuplicateKeyError as error:
+        key = re.search(r'found duplicate key "(.*?)"', str(error.problem))
+        first = (f"first given at line {error.context_mark.line + 1}",) if error.context_mark else ()
+        raise PlanError(
+            f"duplicate key {key.group(1)!r}" if key else str(error.problem), where=_mark(name, error), notes=first
+        ) from None
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
+        comparison = re.search(r"\bstage['\"]?\s*:\s*(>=?\s*\d+)", line)
+        if "escape" in str(error.problem):
+            notes: tuple[str, ...] = (_ESCAPE_HINT,)
+        elif comparison:
+            notes = _stage_notes(comparison.group(1))
+        elif "{" in line:
+            notes = (_QUOTE_HINT,)
+        else:
+            notes = ()
+        context = f"{error.context}: " if error.context else ""
+        found = f"{context}{error.problem}".replace("\n", " ")
+        raise PlanError(f"not YAML: {found}", where=_mark(name, error), notes=notes) from None
+    except (YAMLError, ValueError) as error:  # ruamel raises a bare one for a few broken scalars
+        raise PlanError(f"not YAML: {str(error).splitlines()[0]}", where=name) from None
+
+
+def _brackets(text: str) -> int:
+    """The most brackets that are open anywhere; those in strings count, so a limit has to be generous."""
+    steps = (1 if char in "[{" else -1 for char in text if char in "[]{}")
+    return max(itertools.accumulate(steps), default=0)
+
+
+def _mark(name: str, error: MarkedYAMLError) -> str:
+    mark = error.problem_mark
+    return f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+
+
+def _plain(node: Any) -> Any:
+    """Turn ruamel's nodes, which are subclasses that carry comments, into plain data."""
+    if isinstance(node, Mapping):
+        return {_plain(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_plain(value) for value in node]
+    for plain in (bool, int, float, str):
+        if isinstance(node, plain):
+            return plain(node)
+    return node
+
+
+def _positions(node: Any, loc: Loc) -> Iterator[tuple[Loc, tuple[int, int]]]:
+    """Yield the place of every part: of a value, and under ``(*loc, key, KEY)`` of the key itself."""
+    if isinstance(node, CommentedMap):
+        if not loc:
+            yield loc, (node.lc.line + 1, node.lc.col + 1)
+        for key, value in node.items():
+            if key in (node.lc.data or {}):  # merged keys (<<: *anchor) have no place of their own
+                line, column = node.lc.value(key)
+                yield (*loc, key), (line + 1, column + 1)
+                line, column = node.lc.key(key)
+                yield (*loc, key, _KEY), (line + 1, column + 1)
+            yield from _positions(value, (*loc, key))
+    elif isinstance(node, CommentedSeq):
+        for index, value in enumerate(node):
+            line, column = node.lc.item(index)
+            yield (*loc, index), (line + 1, column + 1)
+            yield from _positions(value, (*loc, index))
+
+
+def _toml_positions(text: str) -> Iterator[tuple[Loc, tuple[int, int]]]:
+    yield (), (1, 1)
+    for loc, key, value in toml_places(text):
+        yield loc, value
+        yield (*loc, _KEY), key
+
+
+_KEY = "<key>"
+
+
+def _validate(data: Any, source: Source) -> Plan:
+    if not isinstance(data, dict):
+        found = "an empty file" if data is None else f"a {type(data).__name__}"
+        raise PlanError(
+            f"a plan is a mapping with the keys version and rules, found {found}",
+            where=source.file,
+            notes=["version: 1", "rules:", "  - {match: .*, lr_mult: 1}"],
+        )
+    try:
+        return Plan.model_validate(data).from_source(source)
+    except ValidationError as error:
+        raise PlanError(_problem(source, found) for found in error.errors(include_url=False)) from None
+
+
+_KNOWN: dict[str, type[BaseModel]] = {"rules": Rule, "default": Rate}
+
+
+def _problem(source: Source, error: Any) -> Problem:
+    """One pydantic error -> one sentence; by its type, which is stable, never by its text."""
+    kind, loc, found = error["type"], error["loc"], error["input"]
+    key, parent = (loc[-1], loc[:-1]) if loc else ("", ())
+    notes: tuple[str, ...] = ()
+    if kind == "extra_forbidden":
+        known = list((_KNOWN[str(loc[0])] if len(loc) > 1 and loc[0] in _KNOWN else Plan).model_fields)
+        message = f"unknown key {key!r}"
+        notes = did_you_mean(str(key), known)[:1] or (f"known keys: {', '.join(known)}",)
+        loc = (*loc, _KEY)
+    elif kind == "missing":
+        message, loc = f"the key {key!r} is missing", parent
+        notes = ("start the plan with 'version: 1'",) if key == "version" else ()
+    elif kind == "literal_error":
+        expected = error["ctx"]["expected"]
+        message = f"{_named(loc)} is one of {expected}, found {_found(found)}"
+        notes = did_you_mean(found, re.findall(r"'(\w+)'", expected)) if isinstance(found, str) else ()
+    elif kind in _EXPECTED:
+        message = f"{_named(loc)} {_EXPECTED[kind].format(**error.get('ctx', {}))}, found {_found(found)}"
+    else:
+        message = error["msg"]
+        if kind == "bad_stage":
+            notes = _stage_notes(found)
+        elif kind == "stage_backwards":
+            notes = ("write {last}..{first}".format(**error["ctx"]),)
+    where = source.where(loc)
+    place = loc_text(tuple(part for part in loc if part != _KEY))
+    if not source.positions:
+        where = ": ".join(filter(None, (source.file, place)))
+    return Problem(message, where, notes)
+
+
+def _stage_notes(found: object) -> tuple[str, ...]:
+    """Say how a stage is written that was given as a comparison; a bare ``>2`` begins a block of text in YAML."""
+    text = str(found)
+    comparison = re.fullmatch(r"([<>])(=?)\s*(\d+)", text)
+    if comparison:
+        sign, equal, number = comparison.groups()
+        bound = int(number) + (0 if equal else 1 if sign == ">" else -1)
+        return (f"write {bound}.." if sign == ">" else f"write ..{bound}",)
+    if not text.strip():
+        return ("in YAML a > or | without quotes begins a block of text; for all behind stage 2 write 3..",)
+    return ()
+
+
+_EXPECTED = {
+    "string_type": "must be text",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "greater_than": "must be greater than {gt:g}",
+    "greater_than_equal": "must be {ge:g} or greater",
+    "finite_number": "must be a finite number",
+    "tuple_type": "must be a list or one value",
+    "model_type": "must be a mapping of keys to values",
+    "model_attributes_type": "must be a mapping of keys to values",
+}
+
+
+def _named(loc: Loc) -> str:
+    if loc and isinstance(loc[-1], int) and loc[0] == "rules" and len(loc) == 2:
+        return "a rule"
+    return str(next((part for part in reversed(loc) if isinstance(part, str)), "plan"))
+
+
+def _found(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "nothing"}[value]
+    if isinstance(value, str):
+        return f"{value!r} (text)"
+    return f"a {type(value).__name__}" if isinstance(value, (dict, list)) else repr(value)
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,243 @@
+"""``freezeplan compare``: from what was typed to the ranking, its files and its exit code."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor
+
+from freezeplan.errors import FreezePlanError, OutputError
+from freezeplan.report import terminal
+from freezeplan.training.compare import (  # fmt: skip
+    RATES,
+    Comparison,
+    Job,
+    blank,
+    compare,
+    decode_photos,
+    fit_to,
+    in_turn,
+    load_plans,
+)
+from freezeplan.training.compare_report import FILES, percent, print_ranking, write
+from freezeplan.training.on_ray import on_ray
+from freezeplan.training.photos import read_photos
+from freezeplan.training.ranking import Trial, rank
+from freezeplan.training.train import Amp, Epoch, Settings
+from freezeplan.training.weights import default_image_size, weights_title
+
+TRIALS = "trials"
+"""The folder below ``--out`` that keeps each trial."""
+
+
+def compare_plans(
+    plans: Sequence[str],
+    *,
+    data: str,
+    model: str,
+    weights: str | None = None,
+    data_dir: Path | None = None,
+    lr: Sequence[float] = (),
+    seed: Sequence[int] = (),
+    epochs: int = 10,
+    batch_size: int = 32,
+    image_size: int | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+    skip_bad: bool = False,
+    device: str = "auto",
+    amp: Amp | None = None,
+    threads: int | None = None,
+    workers: int | None = None,
+    cache: bool = True,
+    cache_dir: Path | None = None,
+    ray: bool = False,
+    address: str | None = None,
+) -> int:
+    """Train plans on one's own photos, print their ranking, and write it to a folder.
+
+    Args:
+        plans: Presets, plan files, folders of plan files.
+        data: See ``read_photos``.
+        model: A timm model name.
+        weights: A file, ``random``, or None for timm's pretrained weights.
+        data_dir: Where a data set of timm's is kept.
+        lr: Base learning rates; ``RATES`` where none is given.
+        seed: Seeds; 0 where none is given. The first one also decides which images are held out.
+        epochs: Passes over the training images, the same for every plan.
+        batch_size: Images a step, at most.
+        image_size: Side in pixels; None: what the model was trained on.
+        out: None: ``runs/compare-DATE-TIME``.
+        resume: Take the trials that ``out`` holds, and train the others.
+        skip_bad: Leave out images that do not decode and classes that are in one split only.
+        device: ``auto`` takes CUDA where there is one.
+        amp: ``bf16`` or ``fp16`` for autocast; None: float32.
+        threads: Threads inside torch; None: one a core.
+        workers: Threads that decode images; None: one a core.
+        cache: Whether features of frozen layers are computed once, and shared by all trials.
+        cache_dir: Where they are kept; None: the user's cache folder.
+        ray: Whether each trial is a Ray task.
+        address: Of a Ray cluster; None: Ray is started on this machine.
+
+    Returns:
+        0, or 1 where a plan could not be trained at one of its rates.
+
+    Raises:
+        FreezePlanError: If the plans, the data, the model or its weights are no good, or ``out`` is not free.
+    """
+    stdout, stderr = terminal.stdout(), terminal.stderr()
+    loaded = load_plans(plans)
+    out = out or Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")
+    if not resume and ((out / TRIALS).exists() or any((out / name).exists() for name in FILES)):
+        raise OutputError("already holds a comparison", where=str(out), notes=["--resume goes on with it"])
+    rates, seeds = list(dict.fromkeys(lr or RATES)), list(dict.fromkeys(seed or [0]))
+    found = read_photos(data, seed=seeds[0], data_dir=data_dir, skip_bad=skip_bad)
+    chosen = Settings(
+        epochs=epochs, batch_size=batch_size, image_size=image_size or default_image_size(model), lr=rates[0],
+        optimizer="adamw", skip_bad=skip_bad, device=_device(device), amp=amp, threads=threads or cores(),
+        workers=workers or cores(), cache=cache, cache_dir=None if cache_dir is None else str(cache_dir),
+    )  # fmt: skip
+    engine = on_ray(address) if ray else in_turn
+    fitting, notes = fit_to(loaded, blank(model, len(found.classes)))
+    comparison = Comparison(fitting, chosen, model, weights, len(found.classes))
+    jobs = [Job(plan, rate, one) for plan in fitting for one in seeds for rate in rates]
+    facts = {
+        "data": f"{found.name}: {len(found.train):,} training and {len(found.val):,} validation images, "
+        f"{len(found.classes)} classes",
+        **({"split": found.note} if found.note else {}),
+        "model": f"{model}; weights: {weights_title(model, weights)}",
+        "images": f"{chosen.image_size} pixels, cropped and normalised as {model} expects",
+        "training": f"{epochs} epochs of AdamW, constant rate, batch size {batch_size}",
+        "rates": ", ".join(f"{rate:g}" for rate in rates),
+        "seeds": ", ".join(map(str, seeds)),
+        **({"note": "; ".join(notes)} if notes else {}),
+    }
+    _print_facts(stdout, facts)
+    with Screen(stderr, len(jobs), epochs) as screen:
+        photos = decode_photos(
+            found, chosen, seed=seeds[0], transform=eval_transform(model, chosen.image_size), progress=screen.decoded
+        )
+        trials, failed = compare(jobs, comparison, photos, screen, folder=out / TRIALS, engine=engine)
+    whole = {plan for plan in fitting if not any(job.plan == plan for job in failed)}
+    places = rank([trial for trial in trials if trial.plan in whole])
+    print_ranking(stdout, places)
+    results = {
+        "facts": facts,
+        "settings": asdict(chosen),
+        "trials": [{key: value for key, value in asdict(trial).items() if key != "wrong"} for trial in trials],
+        "failed": {job.name: message for job, message in failed.items()},
+    }
+    write(out, places, results, f"{len(places)} plans on {found.name}, {model}")
+    for job, message in failed.items():
+        stderr.print(f"failed: {job.name}: {message}", soft_wrap=True)
+    stdout.print(f"\nWritten to {out}: {', '.join(FILES)}", soft_wrap=True)
+    return 1 if failed else 0
+
+
+def eval_transform(model: str, image_size: int) -> Callable[[Any], Tensor]:
+    """Return timm's own evaluation transform of a model, up to uint8: the size, crop and interpolation it expects.
+
+    Args:
+        model: A timm model name.
+        image_size: Side in pixels.
+
+    Returns:
+        PIL image to uint8, (3, image_size, image_size).
+    """
+    config = resolve_data_config({"input_size": (3, image_size, image_size)}, model=blank(model, 2))
+    transform = create_transform(
+        input_size=(3, image_size, image_size), is_training=False, use_prefetcher=True,
+        interpolation=config["interpolation"], crop_pct=config["crop_pct"], crop_mode=config["crop_mode"],
+    )  # fmt: skip
+    return lambda image: torch.as_tensor(transform(image))
+
+
+def cores() -> int:
+    """Return the cores that this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _device(name: str) -> str:
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise FreezePlanError("--device cuda: torch finds no CUDA device", notes=["--device cpu or --device auto"])
+    return "cuda" if name == "auto" and there else "cpu" if name == "auto" else name
+
+
+def _print_facts(console: Console, facts: Mapping[str, str]) -> None:
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, Text(value))
+    console.print(table)
+    console.print()
+
+
+class Screen:
+    """A live line on a terminal: which job runs, how far it is, the last trials; elsewhere a line a trial."""
+
+    def __init__(self, console: Console, jobs: int, epochs: int):
+        self._console, self._jobs, self._epochs = console, jobs, epochs
+        self._done: list[Text] = []
+        self._now = "reading images"
+        self._live = Live(get_renderable=self._view, console=console, transient=True, redirect_stdout=False)
+
+    def __enter__(self) -> Screen:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def _view(self) -> Text:
+        return Text("\n").join([*self._done[-8:], Text(self._now, "bold")])
+
+    def decoded(self, done: int, images: int) -> None:
+        """Say how many images are decoded."""
+        self._now = f"reading images {done:,}/{images:,}"
+
+    def started(self, job: Job, images: int) -> None:
+        """Name the job."""
+        del images
+        self._job, self._now = job.name, job.name
+
+    def batch(self, images: int, loss: Tensor) -> None:
+        """Show nothing: a step is short."""
+
+    def kept(self, done: int, images: int) -> None:
+        """Say how many images have cached features."""
+        self._now = f"{self._job}: cached features {done:,}/{images:,}"
+
+    def epoch(self, epoch: Epoch) -> None:
+        """Say which epoch is done."""
+        self._now = f"{self._job}: epoch {epoch.epoch} of {self._epochs}"
+
+    def finished(self, trial: Trial) -> None:
+        """Add the trial's line."""
+        text = (
+            f"{len(self._done) + 1}/{self._jobs} {trial.plan}, lr {trial.lr:g}, seed {trial.seed}: validation error "
+            f"{percent(trial.val_error)} %, {trial.seconds:.1f} s"
+        )
+        self._line(Text(text))
+
+    def failed(self, job: Job, error: FreezePlanError) -> None:
+        """Add the failure's line."""
+        self._line(Text(f"{len(self._done) + 1}/{self._jobs} {job.name}: failed: {str(error).splitlines()[0]}", "red"))
+
+    def _line(self, text: Text) -> None:
+        self._done.append(text)
+        if not self._console.is_terminal:
+            self._console.print(text, soft_wrap=True)

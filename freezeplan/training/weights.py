@@ -1,0 +1,211 @@
+"""The model that all arms of a seed start from: a head that the seed alone decides, everything else from weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import clean_state_dict
+from torch import Tensor, nn
+
+from freezeplan.errors import ModelError, WeightsError
+from freezeplan.model.describer import describe, is_timm, title
+from freezeplan.model.source import load_model
+from freezeplan.proof.weights_file import read_state
+from freezeplan.voc_vgg16.model import Flatten  # the module registers the lecture's VGG16
+from freezeplan.voc_vgg16.npy import MEAN, STD, read_npy
+
+LECTURE = {"vgg16": "vgg16_fc256", "vgg16_fc256": "vgg16_fc256", "vgg16_slim_fc256": "vgg16_slim_fc256"}
+"""Models with the lecture's head: name -> the architecture that is built. They take ``features.*`` from weights."""
+
+SAMPLE_MODEL = "vgg16_slim_fc256"
+"""What the embedded sample is run with."""
+
+
+def default_image_size(name: str) -> int:
+    """Return the width in pixels of the images that a model was trained on, as timm knows it. Downloads nothing.
+
+    Raises:
+        ModelError: If timm has no such model.
+
+    Examples:
+        >>> default_image_size("vgg16"), default_image_size("tf_efficientnet_lite1")
+        (224, 240)
+    """
+    return _native_size(_blueprint(name))
+
+
+def build(
+    name: str, *, classes: int, image_size: int, weights: str | Path | None, seed: int, flatten: Flatten = "chw"
+) -> nn.Module:
+    """Build a model whose head depends on the seed only and whose other tensors come from ``weights``.
+
+    ``vgg16`` is built with the lecture's head and takes ``features.*``, nothing else, from the weights. Of any other
+    model the classifier is timm's ``reset_classifier``, and every other floating-point tensor must be in the weights.
+    A model made for one size, such as a ViT, takes its weights at that size and is then resampled to ``image_size``.
+
+    The caller's random state is not touched.
+
+    Args:
+        name: A timm model name.
+        classes: Number of classes.
+        image_size: Side of the square images in pixels.
+        weights: A safetensors file, a checkpoint (an average of weights in it goes first), or the lecture's
+            ``vgg16.npy``, whose normalisation the model then has; ``random`` for none at all; None for timm's
+            pretrained weights.
+        seed: Seed of the initialisation.
+        flatten: Order in which the lecture's head gets its features; other models have no such layer.
+
+    Returns:
+        The model on the CPU in train mode.
+
+    Raises:
+        ModelError: If there is no such model, it has no classifier, or it does not take images of this size.
+        WeightsError: If the weights are missing, damaged or another architecture's (the first tensor that differs is
+            named), or timm's cannot be downloaded.
+
+    Examples:
+        >>> one = build("test_resnet", classes=3, image_size=32, weights="random", seed=0)
+        >>> two = build("test_resnet", classes=3, image_size=32, weights="random", seed=0)
+        >>> torch.equal(one.fc.weight, two.fc.weight)
+        True
+    """
+    architecture = LECTURE.get(name, name)
+    blueprint = _blueprint(name, num_classes=classes)
+    head = _head(blueprint)
+    resize = bool(blueprint.pretrained_cfg["fixed_input_size"]) and _native_size(blueprint) != image_size  # type: ignore[index]
+    resample = resize and hasattr(blueprint, "set_input_size")
+    size: dict[str, Any] = {"img_size": image_size} if resize and not resample else {}
+    order: dict[str, Any] = {"flatten": flatten} if name in LECTURE else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = load_model(architecture, {**size, **order}, num_classes=classes)
+        # What timm gives whoever fine-tunes. The constructor's values can be of another kind: EfficientNet's start a
+        # classifier of five classes at a loss of 13, from which five epochs do not recover.
+        model.reset_classifier(classes)  # type: ignore[operator]
+    if str(weights) != "random":
+        from_file = _below("features") if name in LECTURE else _outside(head)
+        state = pretrained_state(name) if weights is None else read_weights(Path(weights))
+        load_into(model, state, from_file, origin=str(weights or weights_title(name, weights)))
+        if weights is not None and Path(weights).suffix == ".npy":  # its own normalisation, not timm's
+            model.pretrained_cfg = {**model.pretrained_cfg, "mean": MEAN, "std": STD}  # type: ignore[dict-item, assignment]
+    if resample:
+        try:
+            model.set_input_size(img_size=image_size)  # type: ignore[operator]
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ModelError(f"{name} cannot take images of {image_size} x {image_size} pixels: {error}") from None
+    return model
+
+
+def weights_title(name: str, weights: str | Path | None) -> str:
+    """Return what the weights are called in results: the file's name, ``random``, or timm's.
+
+    Examples:
+        >>> weights_title("vgg16", None), weights_title("vgg16", "runs/vgg.safetensors")
+        ("timm's pretrained vgg16", 'vgg.safetensors')
+    """
+    return f"timm's pretrained {name}" if weights is None else Path(weights).name
+
+
+def pretrained_state(name: str) -> Mapping[str, Tensor]:
+    """Download timm's pretrained weights of a model, or take them from its cache.
+
+    Raises:
+        WeightsError: If the hub cannot be reached or has none; it names both ways out.
+    """
+    try:
+        state: Mapping[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:  # the hub's client raises errors of several libraries, without a common base
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        notes = [
+            "--weights FILE takes a safetensors file or a checkpoint from this machine",
+            "--weights random goes without: for timing, not for the experiment's figures",
+        ]
+        raise WeightsError(f"timm's pretrained weights of {name} cannot be had: {reason}", notes=notes) from error
+    return state
+
+
+def read_weights(path: Path) -> Mapping[str, Tensor]:
+    """Read what a model starts from: a safetensors file, a checkpoint or the lecture's ``vgg16.npy``.
+
+    Of a checkpoint an average of the weights (EMA) is taken where it holds one, as timm does; a leading ``module.`` is
+    taken off. Nothing in a file is executed.
+
+    Raises:
+        WeightsError: If there is no such file or it cannot be read as weights.
+    """
+    if path.suffix == ".npy" and path.is_file():
+        return read_npy(path)
+    state: Mapping[str, Tensor] = clean_state_dict(read_state(path, averages=True))
+    return state
+
+
+def load_into(
+    model: nn.Module, state: Mapping[str, Tensor], wanted: Callable[[str], bool], *, origin: str = ""
+) -> None:
+    """Copy the wanted tensors into a model, after checking that they are this architecture's and complete.
+
+    Integer tensors (batch norm's counters, tables of positions) are copied where they are given, and may be missing.
+
+    Args:
+        model: Changed in place.
+        state: Name to tensor.
+        wanted: Which names have to agree; others are left alone on both sides.
+        origin: Where ``state`` is from, for the error.
+
+    Raises:
+        WeightsError: Naming the first tensor that is missing, of another shape, or in ``state`` only.
+
+    Examples:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> load_into(model, {"weight": torch.tensor([[3.0, 4.0]]), "head.weight": torch.zeros(1)}, "weight".__eq__)
+        >>> model.weight.tolist()
+        [[3.0, 4.0]]
+    """
+    own = {name: tensor for name, tensor in model.state_dict().items() if wanted(name)}
+    given = {name: tensor for name, tensor in state.items() if wanted(name)}
+    for name in [*own, *(name for name in given if name not in own)]:
+        expected, found = own.get(name), given.get(name)
+        floating = any(tensor is not None and tensor.is_floating_point() for tensor in (expected, found))
+        if floating and _shape(expected) != _shape(found):
+            raise WeightsError(
+                f"these are weights of another architecture than {title(model)}",
+                where=origin,
+                notes=[f"the first tensor that differs is {name}: expected {_shape(expected)}, found {_shape(found)}"],
+            )
+    model.load_state_dict({name: tensor for name, tensor in given.items() if name in own}, strict=False)
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
+
+
+def _blueprint(name: str, **arguments: Any) -> nn.Module:
+    model = load_model(LECTURE.get(name, name), arguments, meta=True)
+    if not is_timm(model):
+        notes = ["it takes the size of the images, their normalisation and the classifier from timm's configuration"]
+        raise ModelError(f"{name} is not a timm model, which the experiment needs", notes=notes)
+    return model
+
+
+def _native_size(model: nn.Module) -> int:
+    return int(model.pretrained_cfg["input_size"][-1])  # type: ignore[index]
+
+
+def _head(model: nn.Module) -> frozenset[str]:
+    """Names of the modules that own the classifier's tensors."""
+    description = describe(model)
+    if "head" not in description.roles:
+        raise ModelError(description.unknown["head"], notes=["the experiment trains a new classifier on the model"])
+    return frozenset(name.rpartition(".")[0] for name in description.roles["head"])
+
+
+def _below(module: str) -> Callable[[str], bool]:
+    return lambda name: name.startswith(f"{module}.")
+
+
+def _outside(modules: frozenset[str]) -> Callable[[str], bool]:
+    return lambda name: not any(name.startswith(f"{module}.") for module in modules)

@@ -1,0 +1,201 @@
+"""A model frozen by hand becomes a plan that does the same, on architectures that share nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+from freezeplan import apply_plan, infer_plan, resolve_plan
+from freezeplan.errors import ApplyError
+from freezeplan.model.describer import create_model
+
+Hand = Callable[[nn.Module], Any]
+
+
+def only(*parts: str) -> Hand:
+    """Train what has one of these in its name."""
+    return lambda m: [p.requires_grad_(any(part in name for part in parts)) for name, p in m.named_parameters()]
+
+
+def without(*starts: str) -> Hand:
+    """Freeze what begins with one of these."""
+    return lambda m: [p.requires_grad_(not name.startswith(starts)) for name, p in m.named_parameters()]
+
+
+def first_children(count: int) -> Hand:
+    """Freeze the first modules of the model, as a loop over children() does."""
+    return lambda m: [p.requires_grad_(False) for child in list(m.children())[:count] for p in child.parameters()]
+
+
+def first_tensors(count: int) -> Hand:
+    """Freeze the first tensors, as a loop with a counter does."""
+    return lambda m: [p.requires_grad_(False) for p in list(m.parameters())[:count]]
+
+
+def norms(m: nn.Module) -> None:
+    """Train normalisation layers alone."""
+    m.requires_grad_(False)
+    for module in m.modules():
+        if "Norm" in type(module).__name__:
+            module.requires_grad_(True)
+
+
+def still_statistics(m: nn.Module) -> None:
+    """Train everything, batch norm in eval."""
+    m.train()
+    for module in m.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def two_rates(m: nn.Module) -> torch.optim.Optimizer:
+    head = {id(p) for p in m.get_classifier().parameters()}
+    parts = [[p for p in m.parameters() if (id(p) in head) == wanted] for wanted in (True, False)]
+    return torch.optim.SGD([{"params": parts[0], "lr": 0.1}, {"params": parts[1], "lr": 0.02}], weight_decay=1e-4)
+
+
+def three_rates(m: nn.Module) -> torch.optim.Optimizer:
+    groups: dict[float, list[nn.Parameter]] = {0.001: [], 0.01: [], 0.1: []}
+    for name, p in m.named_parameters():
+        late = name.startswith(("layer3", "layer4"))
+        groups[0.1 if name.startswith("fc") else 0.01 if late else 0.001].append(p)
+    return torch.optim.SGD([{"params": p, "lr": lr} for lr, p in groups.items()])
+
+
+def head_only(m: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(m.get_classifier().parameters(), lr=1e-3)
+
+
+def bare_decay(m: nn.Module) -> torch.optim.Optimizer:
+    flat = [p for p in m.parameters() if p.ndim == 1]
+    rest = [p for p in m.parameters() if p.ndim != 1]
+    return torch.optim.AdamW([{"params": flat, "weight_decay": 0.0}, {"params": rest}], lr=1e-3, weight_decay=0.05)
+
+
+def layer_decay(m: nn.Module) -> torch.optim.Optimizer:
+    listed = m.no_weight_decay() if hasattr(m, "no_weight_decay") else ()
+    return torch.optim.AdamW(param_groups_layer_decay(m, 0.05, listed, layer_decay=0.65), lr=1e-3)
+
+
+CASES = [
+    pytest.param("test_resnet", only("fc."), None, 2, id="linear-probe"),
+    pytest.param("vgg11", only("pre_logits", "head"), None, 2, id="vgg-frozen-convolutions"),
+    pytest.param("test_vit", only("bias", "head"), None, 2, id="bitfit"),
+    pytest.param("test_vit", norms, None, 2, id="norms"),
+    pytest.param("test_efficientnet", only("bn", "classifier"), None, 2, id="norms-and-head"),
+    pytest.param("resnet18", without("conv1", "bn1", "layer1", "layer2"), None, 2, id="two-stages"),
+    pytest.param(
+        "vit_tiny_patch16_224", without("patch", "pos", "cls", "blocks.0.", "blocks.1."), None, 2, id="blocks"
+    ),
+    pytest.param("test_convnext", first_children(1), None, 2, id="first-children"),
+    pytest.param("resnet18", first_tensors(20), None, 2, id="first-tensors"),
+    pytest.param("resnet18", without("layer4.1.conv2", "layer2.0"), None, 2, id="two-modules"),
+    pytest.param("test_resnet", still_statistics, None, 2, id="batch-norm-in-eval"),
+    pytest.param("test_resnet", lambda m: m, None, 1, id="nothing-frozen"),
+    pytest.param("test_resnet", lambda m: m, two_rates, 2, id="two-rates"),
+    pytest.param("resnet18", lambda m: m, three_rates, 3, id="three-rates"),
+    pytest.param("test_convnext", lambda m: m, head_only, 2, id="an-optimizer-of-the-head"),
+    pytest.param("test_vit", lambda m: m, bare_decay, 2, id="no-decay-of-one-dimension"),
+    pytest.param("vit_tiny_patch16_224", lambda m: m, layer_decay, 1, id="layer-decay"),
+    pytest.param("test_mambaout", without("stem"), None, 2, id="mambaout"),
+    pytest.param("deit_tiny_distilled_patch16_224", only("head"), None, 2, id="distilled"),
+    pytest.param("levit_128s", without("stem", "stages.0"), None, 2, id="levit"),
+    pytest.param("coat_lite_tiny", without("serial_blocks1", "patch_embed1"), None, 2, id="tied-weights"),
+    pytest.param("regnetx_002", only("head", "s4"), None, 2, id="regnet"),
+    pytest.param("mobilenetv3_small_050", first_children(3), None, 2, id="mobilenet"),
+    pytest.param("densenet121", without("features.conv0", "features.denseblock1"), None, 2, id="densenet"),
+]
+
+
+def done_to(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """Flag, rate and decay of each parameter, and the modes of what owns a trained one."""
+    groups = {id(p): g for g in (optimizer.param_groups if optimizer else ()) for p in g["params"]}
+    found: dict[str, Any] = {}
+    for name, p in model.named_parameters():
+        group = groups.get(id(p), {})
+        trained = p.requires_grad and (optimizer is None or bool(group))
+        scale = group.get("lr_scale", 1.0) if trained else 1.0
+        owner = model.get_submodule(name.rpartition(".")[0])
+        values = (group.get("lr", 1.0) * scale, group.get("weight_decay", 0.0), owner.training)
+        found[name] = (True, *(round(v, 12) for v in values[:2]), values[2]) if trained else (False,)
+    return found
+
+
+@pytest.mark.parametrize(("name", "freeze", "optimize", "rules"), CASES)
+def test_a_model_frozen_by_hand_becomes_a_plan_that_does_the_same(name, freeze, optimize, rules) -> None:
+    """Flags, rates, decays and modes are equal, parameter by parameter, with as few rules as the idiom has parts."""
+    model = create_model(name, num_classes=4)
+    fresh = copy.deepcopy(model)
+    freeze(model)
+    optimizer = optimize(model) if optimize else None
+
+    plan = infer_plan(model, optimizer)
+
+    largest = (
+        {key: max(g.get(key, 0.0) for g in optimizer.param_groups) for key in ("lr", "weight_decay")}
+        if optimizer
+        else {}
+    )
+    live = apply_plan(fresh, plan, lr=largest.get("lr", 1.0), weight_decay=largest.get("weight_decay"))
+    again = torch.optim.SGD(live, lr=largest.get("lr", 1.0), weight_decay=largest.get("weight_decay", 0.0))
+    assert done_to(fresh, again if optimizer else None) == done_to(model, optimizer)
+    assert len(plan.rules) == rules
+
+
+@given(st.lists(st.sampled_from([None, 1.0, 0.1]), min_size=47, max_size=47))
+def test_any_freezing_is_reproduced(rates: list[float | None]) -> None:
+    """Whatever is frozen or slowed, tensor by tensor, in no order at all."""
+    model = TINY
+    trained = [(p, rate) for p, rate in zip(model.parameters(), rates, strict=True) if rate]
+    if not trained:
+        return
+    optimizer = torch.optim.SGD([{"params": [p], "lr": rate} for p, rate in trained])
+    top = max(rate for _, rate in trained)
+
+    rows = resolve_plan(infer_plan(model, optimizer), model).rows
+
+    assert [row.lr_mult for row in rows] == [rate and pytest.approx(rate / top) for rate in rates]
+
+
+TINY = create_model("test_resnet", num_classes=3)
+
+
+def test_a_model_that_is_not_timms() -> None:
+    """Names and classes are enough."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+
+    assert [(rule.text, rule.frozen) for rule in infer_plan(model).rules] == [("match: 0", True), ("match: .*", None)]
+
+
+def test_what_has_no_plan_is_refused() -> None:
+    """Nothing trained, or an optimizer of another model."""
+    model = create_model("test_resnet")
+    other = torch.optim.SGD(nn.Linear(2, 2).parameters())
+    with pytest.raises(ApplyError) as stranger:
+        infer_plan(model, other)
+    with pytest.raises(ApplyError) as idle:
+        infer_plan(model.requires_grad_(False))
+
+    assert str(stranger.value) == "the optimizer holds no parameter of this model"
+    assert str(idle.value) == "nothing of this model is trained, so there is no plan for it"
+
+
+def test_a_bare_module_that_owns_a_parameter():
+    """``nn.Module()`` itself has no class that a rule could select by."""
+    net = nn.Module()
+    net.inner = nn.Module()
+    net.inner.scale = nn.Parameter(torch.ones(1), requires_grad=False)
+    net.fc = nn.Linear(2, 2)
+
+    rows = resolve_plan(infer_plan(net), net).rows
+
+    assert {row.name: row.frozen for row in rows} == {"inner.scale": True, "fc.weight": False, "fc.bias": False}

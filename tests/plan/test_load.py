@@ -1,0 +1,230 @@
+"""Reading plans: every mistake with its place, whole error texts beside the files in ``plans/bad``."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from freezeplan.errors import PlanError
+from freezeplan.plan.catalogue import shipped
+from freezeplan.plan.load import load_plan
+from freezeplan.plan.schema import Plan, Rule
+
+BAD = Path(__file__).parents[1] / "plans" / "bad"
+FILES = sorted(file.name for file in BAD.iterdir() if file.suffix != ".txt")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_bad_file_is_refused_with_every_mistake_in_its_place(name, monkeypatch, golden):
+    """Every mistake of a file is reported at once with file, line and column, what was found and what to do."""
+    monkeypatch.chdir(BAD)
+
+    with pytest.raises(PlanError) as error:
+        load_plan(name)
+
+    golden(BAD / f"{name}.txt", f"{error.value}\n")
+
+
+def test_an_error_can_be_sent_to_another_process():
+    """An error keeps its problems, one for each mistake, through a pickle."""
+    with pytest.raises(PlanError) as error:
+        load_plan({"version": 2, "rules": []})
+    again = pickle.loads(pickle.dumps(error.value))
+
+    assert (type(again), str(again), again.problems) == (PlanError, str(error.value), error.value.problems)
+    assert [problem.where for problem in again.problems] == ["version", "rules"]
+
+
+def test_every_golden_has_its_bad_file():
+    """A mistake's text stands beside the file that makes it."""
+    assert sorted(file.stem for file in BAD.glob("*.txt")) == FILES
+
+
+PRESETS = (
+    "bitfit, discriminative, frozen_stages_1, frozen_stages_2, frozen_stages_3, frozen_stages_4, frozen_stem, full, "
+    "gradual_unfreeze, head_then_all, linear_probe, llrd, llrd_65, lp_ft, norm_and_head, norm_only, surgical_first, "
+    "surgical_last, voc_vgg16/frozen_convs, voc_vgg16/low_conv_lr, voc_vgg16/same_lr, voc_vgg16/scratch"
+)
+
+MISSING = [
+    pytest.param("plan.yml", "plan.yml: no such file\n  did you mean 'plan.yaml', 'plan.toml'?", id="near-name"),
+    pytest.param(
+        Path("below/pln.yaml"), "below/pln.yaml: no such file\n  did you mean 'plan.yaml'?", id="near-name-below"
+    ),
+    pytest.param("nowhere/plan.yaml", "nowhere/plan.yaml: no such file", id="no-such-folder"),
+    pytest.param("folder.yaml", "folder.yaml: cannot be read: Is a directory", id="folder"),
+    pytest.param(
+        "linear_prob",
+        "no preset is called 'linear_prob'\n  did you mean 'linear_probe'?\n"
+        "  a plan file ends in one of .yaml .yml .toml .json",
+        id="preset-near-name",
+    ),
+    pytest.param(
+        "plan.txt",
+        f"no preset is called 'plan.txt'\n  presets: {PRESETS}\n  a plan file ends in one of .yaml .yml .toml .json",
+        id="other-suffix",
+    ),
+]
+
+
+@pytest.mark.parametrize(("plan", "message"), MISSING)
+def test_a_missing_plan_is_refused_with_what_is_near(plan, message, tmp_path, monkeypatch):
+    """A file or preset that does not exist is answered with the nearest names."""
+    (tmp_path / "below").mkdir()
+    (tmp_path / "folder.yaml").mkdir()
+    for name in ("plan.yaml", "plan.toml", "below/plan.yaml"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(PlanError) as error:
+        load_plan(plan)
+
+    assert str(error.value) == message
+
+
+SAME = Plan(
+    version=1, name="two parts", rules=[Rule(match=r"features\.0", lr_mult=0.2), Rule(match=[".*"], frozen=True)]
+)
+FORMATS = [
+    pytest.param(
+        "plan.yaml",
+        "version: 1\nname: two parts\nrules:\n  - {match: features\\.0, lr_mult: 0.2}\n  - {match: .*, frozen: true}\n",
+        id="yaml",
+    ),
+    pytest.param(
+        "plan.YML",
+        'version: 1\nname: two parts\nrules:\n- match: "features\\\\.0"\n  lr_mult: 2e-1\n'
+        "- match:\n  - '.*'\n  frozen: True\n",
+        id="yaml-block-style",
+    ),
+    pytest.param(
+        "plan.yaml",
+        "\ufeff%YAML 1.2\r\n---\r\nversion: 1\r\nname: two parts\r\nrules:\r\n- {match: features\\.0, lr_mult: .2}\r\n"
+        "- {match: .*, frozen: true}\r\n",
+        id="yaml-from-windows",
+    ),
+    pytest.param(
+        "plan.json",
+        '{"version": 1, "name": "two parts", "rules": [\n\t{"match": "features\\\\.0", "lr_mult": 0.2},\n'
+        '\t{"match": ".*", "frozen": true}]}',
+        id="json",
+    ),
+    pytest.param(
+        "plan.json",
+        '\ufeff\t{"version": 1, "name": "two parts",\r\n"rules":\t[\r\n{"match": "features\\\\.0", "lr_mult":\t2e-1},'
+        '\r\n{"match": [".*"], "frozen": true}\t]}',
+        id="json-from-windows",
+    ),
+    pytest.param(
+        "plan.toml",
+        "\ufeffversion = 1\r\nname = 'two parts'\r\n[[rules]]\r\nmatch = 'features\\.0'\r\nlr_mult = 0.2\r\n"
+        "[[rules]]\r\nmatch = '.*'\r\nfrozen = true\r\n",
+        id="toml-from-windows",
+    ),
+    pytest.param(
+        "plan.toml",
+        "version = 1\nname = 'two parts'\n[[rules]]\nmatch = 'features\\.0'\nlr_mult = 0.2\n"
+        "[[rules]]\nmatch = ['.*']\nfrozen = true\n",
+        id="toml",
+    ),
+    pytest.param(
+        "plan.toml",
+        'version = 1\nname = "two parts"\nrules = [{match = "features\\\\.0", lr_mult = 2e-1},'
+        " {match = '.*', frozen = true}]\n",
+        id="toml-inline",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), FORMATS)
+def test_one_plan_in_three_formats(name, text, tmp_path):
+    """YAML, JSON and TOML say the same plan, from any editor on any system."""
+    file = tmp_path / name
+    file.write_bytes(text.encode())
+
+    assert load_plan(file) == SAME
+    assert load_plan(str(file)) == SAME
+
+
+def test_what_a_plan_can_be_given_as(tmp_path):
+    """A plan is given as a Plan, a dict, a path or the name of a preset, everywhere alike."""
+    data = {"version": 1, "rules": [{"match": ".*", "lr_mult": 1}]}
+    file = tmp_path / "plan.json"
+    file.write_text('{"version": 1, "rules": [{"match": ".*", "lr_mult": 1}]}')
+    plan = load_plan(data)
+
+    assert load_plan(plan) is plan
+    assert load_plan(file) == plan
+    assert load_plan(str(file)) == plan
+    assert load_plan("full").rules == plan.rules
+    assert load_plan(Path("voc_vgg16/same_lr")).name == "voc_vgg16/same_lr"
+    assert data == {"version": 1, "rules": [{"match": ".*", "lr_mult": 1}]}
+
+
+SCALARS = [
+    pytest.param("1e-3", 0.001, id="exponent"),
+    pytest.param("1E+2", 100.0, id="upper-case-exponent"),
+    pytest.param(".5", 0.5, id="no-leading-zero"),
+    pytest.param("+1", 1.0, id="plus"),
+    pytest.param("017", 17.0, id="no-octal"),
+]
+
+
+@pytest.mark.parametrize(("text", "value"), SCALARS)
+def test_numbers_are_those_of_yaml_1_2(text, value, tmp_path):
+    """In YAML 1.2, 1e-3 is a number and 017 is seventeen."""
+    file = tmp_path / "plan.yaml"
+    file.write_text(f"version: 1\nrules: [{{match: .*, lr_mult: {text}}}]\n")
+
+    assert load_plan(file).rules[0].lr_mult == value
+
+
+@pytest.mark.parametrize("word", ["no", "off", "yes", "on", "y", "12:30:45"])
+def test_words_stay_words(word, tmp_path):
+    """In YAML 1.2, no, off and 12:30:45 are text: a module called no is matched by it."""
+    file = tmp_path / "plan.yaml"
+    file.write_text(f"version: 1\nname: {word}\nrules: [{{match: {word}, lr_mult: 1}}]\n")
+    plan = load_plan(file)
+
+    assert (plan.name, plan.rules[0].match) == (word, (word,))
+
+
+def test_anchors_and_merged_keys_say_it_once(tmp_path):
+    """YAML anchors let a plan say a rate once and use it in many rules."""
+    file = tmp_path / "plan.yaml"
+    file.write_text(
+        "version: 1\nrules:\n  - &slow {match: layer1, lr_mult: 0.1}\n"
+        "  - {<<: *slow, match: layer2}\n  - {match: .*, lr_mult: 1}\n"
+    )
+
+    assert [(rule.match, rule.lr_mult) for rule in load_plan(file).rules] == [
+        (("layer1",), 0.1),
+        (("layer2",), 0.1),
+        ((".*",), 1.0),
+    ]
+
+
+def test_a_plan_remembers_where_it_was_written(tmp_path, monkeypatch):
+    """Later errors name the line of a rule, also after the file is read."""
+    monkeypatch.chdir(tmp_path)
+    Path("plan.yaml").write_text("version: 1\nrules:\n  - match: features\n    lr_mult: 0.2\n")
+    Path("plan.toml").write_text("version = 1\nrules = [{match = 'features', lr_mult = 0.2}]\n")
+    yaml, toml = load_plan("plan.yaml").source, load_plan("plan.toml").source
+
+    assert yaml.where(("rules", 0)) == "plan.yaml:3:5"
+    assert yaml.where(("rules", 0, "lr_mult")) == "plan.yaml:4:14"
+    assert yaml.line(("rules", 0)) == ", line 3"
+    assert (toml.where(("rules", 0)), toml.line(("rules", 0))) == ("plan.toml:2:9", "")
+    assert load_plan(load_plan("plan.yaml").model_dump()).source.where(("rules", 0)) == ""
+
+
+def test_presets_are_plans_with_their_own_names():
+    """Every preset is a plan that says its own name and what it is for."""
+    presets = {name: load_plan(name) for name in shipped()}
+
+    assert ", ".join(presets) == PRESETS
+    assert {name: plan.name for name, plan in presets.items()} == {name: name for name in presets}
+    assert all(plan.description for plan in presets.values())
+    assert presets["linear_probe"].source.where(("rules", 0)) == "linear_probe.yaml:8:5"
