@@ -33,17 +33,17 @@ def test_packages_import_only_what_stands_below_them():
 
 
 TURNED = [
-    ("plan/schema.py", "from freezeplan.apply import freeze", "freezeplan.plan is not allowed to import freezeplan.apply"),
-    ("resolve/hints.py", "import torch", "freezeplan.resolve is not allowed to import torch"),
-    ("apply/freeze.py", "import timm", "freezeplan.apply is not allowed to import timm"),
-    ("cache/store.py", "from freezeplan.proof import seal", "freezeplan.cache is not allowed to import freezeplan.proof"),
-    ("training/results.py", "import freezeplan.voc_vgg16.arms", "freezeplan.training is not allowed to import freezeplan.voc_vgg16"),
-    ("integrations/plans.py", "import freezeplan.apply.freeze", "freezeplan.integrations is not allowed to import freezeplan.apply"),
-]  # fmt: skip
+    ("plan/schema.py", "from freezeplan.apply import freeze", "plan", "apply"),
+    ("resolve/hints.py", "import torch", "resolve", "torch"),
+    ("apply/freeze.py", "import timm", "apply", "timm"),
+    ("cache/store.py", "from freezeplan.proof import seal", "cache", "proof"),
+    ("training/results.py", "import freezeplan.voc_vgg16.command", "training", "voc_vgg16"),
+    ("integrations/plans.py", "import freezeplan.apply.freeze", "integrations", "apply"),
+]
 
 
-@pytest.mark.parametrize(("file", "line", "said"), TURNED, ids=[file for file, _, _ in TURNED])
-def test_an_import_that_is_turned_round_is_found(file: str, line: str, said: str, tmp_path: Path):
+@pytest.mark.parametrize(("file", "line", "importer", "imported"), TURNED, ids=[turned[0] for turned in TURNED])
+def test_an_import_that_is_turned_round_is_found(file: str, line: str, importer: str, imported: str, tmp_path: Path):
     shutil.copytree(PACKAGE, tmp_path / "freezeplan", ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     path = tmp_path / "freezeplan" / file
@@ -51,6 +51,8 @@ def test_an_import_that_is_turned_round_is_found(file: str, line: str, said: str
 
     code, text = lint(tmp_path)
 
+    inside = imported if imported in ("torch", "timm") else f"freezeplan.{imported}"
+    said = f"freezeplan.{importer} is not allowed to import {inside}"
     assert (code, said in text) == (1, True), text
 
 

@@ -34,7 +34,7 @@ from freezeplan.plan.dump import dump
 from freezeplan.plan.load import load_plan, load_presets
 from freezeplan.plan.schema import Plan
 from freezeplan.report import picture, rows, terminal
-from freezeplan.report.diff import compare as compare_commands
+from freezeplan.report.diff import compare
 from freezeplan.report.explain import explain
 from freezeplan.resolve.resolution import Resolution
 from freezeplan.resolve.resolver import resolve

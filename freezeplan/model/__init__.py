@@ -1,7 +1,7 @@
 """A model as data: canonical names, shapes, classes, roles, stages; and what timm knows of it.
 
 Imports ``errors`` and the roles of ``plan``. Only this package reads timm's facts. Begin with ``description.py``, which
-needs no torch; ``describer.py`` writes it; ``timm_facts.py`` is what timm knows; ``names.py`` finds live tensors by their names.
+needs no torch; ``describer.py`` writes it; ``timm_facts.py`` is what timm knows; ``names.py`` finds live tensors.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
 """A model as data: names, shapes, classes and what timm knows of them. No tensors, no torch.
 
-``freezeplan.model.describer.describe`` writes it; selecting and resolving read it, so that both are pure and work for a model that
-was only created on the meta device.
+``describer.py`` writes it; selecting and resolving read it, so that both are pure and work for a model that was only
+created on the meta device.
 """
 
 from __future__ import annotations
