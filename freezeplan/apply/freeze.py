@@ -308,7 +308,7 @@ def _lookup(live: Mapping[str, list[nn.Parameter]], name: str) -> list[nn.Parame
 def reinitialise(live: names.Live, resolution: Resolution, seed: int) -> None:
     """Give what the plan says ``reinit`` the values of a freshly created model, and its modules' buffers with it.
 
-    What is timm's is created anew (``freezeplan.model.create.fresh_values``). Other modules need ``reset_parameters``, and
+    What is timm's is created anew (``model.create.fresh_values``). Other modules need ``reset_parameters``, and
     all of their parameters must be asked for.
 
     Args:

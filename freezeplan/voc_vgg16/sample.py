@@ -1,7 +1,7 @@
 """The embedded sample: a data set in PASCAL VOC's layout that the package draws.
 
-Twenty named shapes are the task. Forty-eight other shapes, drawn in the same style, are what the slim VGG16 that comes
-with it was trained on (``pretrain_sample.py``). Both tasks share textures, clutter and noise, so transfer is easy here: the
+Twenty named shapes are the task. The slim VGG16 that comes with it was trained on forty-eight other shapes, drawn in the
+same style (benchmarks/pretrain_sample.py). Both tasks share textures, clutter and noise, so transfer is easy here: the
 sample shows how the experiment runs, not what VOC gives.
 
 Everything is drawn from integers and IEEE arithmetic alone, no sine and no normal deviate, so that platforms agree.
@@ -351,7 +351,7 @@ def _element(tag: str, value: Mapping[str, Any] | str | int) -> ET.Element:
 def weights_path() -> Path:
     """Return the file of convolutions that come with the package: ``features.N.weight`` and ``.bias``, 32-bit floats.
 
-    They fit ``vgg16_slim_fc256`` and are what ``pretrain_sample.py`` wrote; the header of the file says with which error.
+    They fit ``vgg16_slim_fc256``; benchmarks/pretrain_sample.py wrote them. The file's header says with which error.
 
     Examples:
         >>> from safetensors.torch import load_file
