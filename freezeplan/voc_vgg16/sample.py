@@ -1,7 +1,7 @@
 """The embedded sample: a data set in PASCAL VOC's layout that the package draws.
 
-Twenty named shapes are the task. The slim VGG16 that comes with it was trained on forty-eight other shapes, drawn in the
-same style (benchmarks/pretrain_sample.py). Both tasks share textures, clutter and noise, so transfer is easy here: the
+Twenty named shapes are the task. The slim VGG16 that comes with it was trained on forty-eight other shapes in the same
+style (benchmarks/pretrain_sample.py). Both tasks share textures, clutter and noise, so transfer is easy here: the
 sample shows how the experiment runs, not what VOC gives.
 
 Everything is drawn from integers and IEEE arithmetic alone, no sine and no normal deviate, so that platforms agree.
