@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --json gpu.json
 
 One process, at most four minutes on one H100 or H200. VGG16 with the experiment's head, random weights and images.
-Nothing is downloaded. Without a GPU, ``--smoke`` runs all of it on small images and a small model, for a test of the script.
+Nothing is downloaded. Without a GPU, ``--smoke`` runs all of it on small images and a small model, to test the script.
 """
 
 from __future__ import annotations
