@@ -16,13 +16,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from freezeplan import FreezePlanWarning, apply_plan
 from freezeplan.cache import fill, memory, writer
-from freezeplan.training.arms import load_arms
 from freezeplan.training.checkpoint import Checkpoint
 from freezeplan.training.pixels import Normalisation, Prepare
 from freezeplan.training.processes import Processes
 from freezeplan.training.train import Epoch, Run, Settings, train_arm
 from freezeplan.training.voc import Split
 from freezeplan.training.weights import build
+from freezeplan.voc_vgg16.arms import load_arms
 
 pytestmark = [
     pytest.mark.gpu,

@@ -35,8 +35,8 @@ def report(
 ) -> None:
     """Merge runs of one experiment, of other arms or seeds, into one page of HTML."""
     try:
-        from freezeplan.training.screen import print_results
         from freezeplan.voc_vgg16.command import report as merge_runs
+        from freezeplan.voc_vgg16.screen import print_results
     except ModuleNotFoundError as error:
         raise MissingExtraError.of(error, "run") from None
     with terminal.waiting("reading runs and drawing the page"):

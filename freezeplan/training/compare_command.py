@@ -19,7 +19,7 @@ from torch import Tensor
 
 from freezeplan.errors import FreezePlanError, OutputError
 from freezeplan.report import terminal
-from freezeplan.training.compare import (  # fmt: skip
+from freezeplan.training.compare import (
     RATES,
     Comparison,
     Job,

@@ -10,8 +10,8 @@ import pytest
 
 from freezeplan import cli
 from freezeplan.errors import PlanError
-from freezeplan.training.arms import load_arms
 from freezeplan.voc_vgg16 import command
+from freezeplan.voc_vgg16.arms import load_arms
 
 
 @pytest.fixture

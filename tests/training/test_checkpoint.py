@@ -19,8 +19,8 @@ import torch
 
 from freezeplan.errors import FreezePlanError, OutputError
 from freezeplan.training.checkpoint import FOLDER, Checkpoint, open_checkpoints
-from freezeplan.training.results import finished
 from freezeplan.voc_vgg16.command import voc_vgg16
+from freezeplan.voc_vgg16.results import finished
 from freezeplan.voc_vgg16.sample import weights_path, write_sample
 
 SMALL = {"epochs": 2, "arm": ["frozen_convs", "low_conv_lr"], "image_size": 32, "batch_size": 50}

@@ -18,11 +18,11 @@ from torch import Tensor, distributed, multiprocessing, nn
 
 from freezeplan.errors import FreezePlanError, ModelError
 from freezeplan.training import processes
-from freezeplan.training.arms import load_arms
 from freezeplan.training.processes import Processes, join
 from freezeplan.training.train import Epoch, Run, Settings, train_arm
 from freezeplan.training.voc import Split
 from freezeplan.training.weights import build
+from freezeplan.voc_vgg16.arms import load_arms
 
 SETTINGS = Settings(epochs=3, batch_size=8, image_size=160, lr=1e-4, optimizer="rmsprop")
 gloo = pytest.mark.skipif(not distributed.is_gloo_available(), reason="this torch is built without gloo")

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from freezeplan import FreezePlanWarning, Plan, load_plan
 from freezeplan.errors import ModelError, WeightsError
 from freezeplan.model.describer import create_model
-from freezeplan.training.arms import load_arms
 from freezeplan.training.checkpoint import Checkpoint
 from freezeplan.training.pixels import Normalise, Pixels, draw, moved
 from freezeplan.training.train import (
@@ -35,6 +34,7 @@ from freezeplan.training.train import (
 )
 from freezeplan.training.voc import Split
 from freezeplan.training.weights import build, load_into, read_weights
+from freezeplan.voc_vgg16.arms import load_arms
 from freezeplan.voc_vgg16.model import VGG16_SLIM
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"

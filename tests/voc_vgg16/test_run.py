@@ -26,17 +26,16 @@ from freezeplan import cli, load_plan
 from freezeplan.cli import run as run_commands
 from freezeplan.errors import DataError, FreezePlanError, ModelError, OutputError, PlanError
 from freezeplan.model.describer import create_model
-from freezeplan.training import arms
-from freezeplan.training.arms import ARMS
-from freezeplan.training.report import NAME, repeat
-from freezeplan.training.results import FILES
-from freezeplan.training.screen import print_results
 from freezeplan.training.train import Run, Settings
 from freezeplan.training.voc import load_split, read_voc
-from freezeplan.voc_vgg16 import command
+from freezeplan.voc_vgg16 import arms, command
+from freezeplan.voc_vgg16.arms import ARMS
 from freezeplan.voc_vgg16.command import voc_vgg16
 from freezeplan.voc_vgg16.download import VOC2012
+from freezeplan.voc_vgg16.report import NAME, repeat
+from freezeplan.voc_vgg16.results import FILES
 from freezeplan.voc_vgg16.sample import write_sample
+from freezeplan.voc_vgg16.screen import print_results
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 QUICK: dict[str, Any] = {

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from freezeplan.errors import OutputError
-from freezeplan.training.arms import ARMS, Outcome, load_arms
-from freezeplan.training.results import FILES, check_free, summarise, to_csv, to_png, to_summary, write_results
 from freezeplan.training.train import Epoch, Measured, Run, Settings
 from freezeplan.training.voc import VocData
+from freezeplan.voc_vgg16.arms import ARMS, Outcome, load_arms
+from freezeplan.voc_vgg16.results import FILES, check_free, summarise, to_csv, to_png, to_summary, write_results
 
 SETTINGS = Settings(epochs=2, batch_size=8, image_size=16)
 ASKED = {"data": "toy.tar", "download": False, "weights": "random", "plans": [], "processes": 1}
@@ -198,7 +198,7 @@ def test_a_full_disk_leaves_nothing_half_written(works: int, tmp_path: Path, mon
         if len(calls) > works:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("freezeplan.training.results.os.fsync", full)
+    monkeypatch.setattr("freezeplan.voc_vgg16.results.os.fsync", full)
 
     with pytest.raises(OutputError) as caught:
         write_results(tmp_path, results())
@@ -217,7 +217,7 @@ def test_a_full_disk_keeps_the_results_of_before(tmp_path: Path, monkeypatch: py
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("freezeplan.training.results.os.fsync", full)
+    monkeypatch.setattr("freezeplan.voc_vgg16.results.os.fsync", full)
     with pytest.raises(OutputError):
         write_results(tmp_path, results(scratch=(run(0, 0.9),)))
 

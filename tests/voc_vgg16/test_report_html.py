@@ -22,13 +22,13 @@ from PIL import Image
 
 from freezeplan.errors import DataError, OutputError
 from freezeplan.training.archive import open_files
-from freezeplan.training.arms import Outcome, load_arms
-from freezeplan.training.report import PHOTOS, gallery, read_results, repeat, to_html, write_report
-from freezeplan.training.results import summarise
-from freezeplan.training.statistics import class_errors, confusion, merge, mistakes
 from freezeplan.training.train import Epoch, Measured, Run, Settings
 from freezeplan.training.voc import VocData
+from freezeplan.voc_vgg16.arms import Outcome, load_arms
 from freezeplan.voc_vgg16.command import report, voc_vgg16
+from freezeplan.voc_vgg16.report import PHOTOS, gallery, read_results, repeat, to_html, write_report
+from freezeplan.voc_vgg16.results import summarise
+from freezeplan.voc_vgg16.statistics import class_errors, confusion, merge, mistakes
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 SETTINGS = Settings(epochs=2, batch_size=8, image_size=32)

@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 
 from freezeplan.report import terminal as render
-from freezeplan.training.screen import QUIET, Screen
 from freezeplan.training.train import Epoch
+from freezeplan.voc_vgg16.screen import QUIET, Screen
 
 
 def console(*, terminal: bool) -> Console:

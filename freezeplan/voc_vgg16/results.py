@@ -22,10 +22,10 @@ import freezeplan
 from freezeplan.atomic import flush, whole_file
 from freezeplan.errors import OutputError
 from freezeplan.model import describer
-from freezeplan.training.arms import PUBLISHED, SOURCE, Outcome
-from freezeplan.training.statistics import ERRORS, arm_of, pairs
 from freezeplan.training.train import Run, Settings
 from freezeplan.training.voc import VocData
+from freezeplan.voc_vgg16.arms import PUBLISHED, SOURCE, Outcome
+from freezeplan.voc_vgg16.statistics import ERRORS, arm_of, pairs
 
 FILES = ("results.json", "results.csv", "summary.csv", "curves.png")
 COLUMNS = ("arm", "seed", *ERRORS, "mean_average_precision", "learned", "epochs", "seconds")

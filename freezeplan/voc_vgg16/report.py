@@ -21,14 +21,14 @@ from freezeplan.model import describer
 from freezeplan.plan.load import load_plan
 from freezeplan.report.picture import draw
 from freezeplan.resolve.resolver import resolve
-from freezeplan.training import statistics
-from freezeplan.training.arms import ARMS, PUBLISHED
-from freezeplan.training.results import COLOURS, to_svg
-from freezeplan.training.screen import LABELS, percent
-from freezeplan.training.shape import check_shape
 from freezeplan.training.train import Settings
 from freezeplan.training.voc import FORMATS
 from freezeplan.training.weights import LECTURE, SAMPLE_MODEL
+from freezeplan.voc_vgg16 import statistics
+from freezeplan.voc_vgg16.arms import ARMS, PUBLISHED
+from freezeplan.voc_vgg16.results import COLOURS, to_svg
+from freezeplan.voc_vgg16.screen import LABELS, percent
+from freezeplan.voc_vgg16.shape import check_shape
 
 NAME = "report.html"
 SIDE = 96
@@ -66,7 +66,7 @@ def to_html(results: Mapping[str, Any], photos: Mapping[str, Sequence[Mapping[st
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("freezeplan.training", "."), autoescape=True, undefined=StrictUndefined,
+        loader=PackageLoader("freezeplan.voc_vgg16", "."), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"percent": percent, "spread": spread_text, "points": _points}

@@ -26,8 +26,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from freezeplan.training.arms import PUBLISHED, SOURCE
 from freezeplan.training.train import Epoch, Run, Settings
+from freezeplan.voc_vgg16.arms import PUBLISHED, SOURCE
 
 NOT_LEARNED = "did not learn"
 QUIET = 30.0
