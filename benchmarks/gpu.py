@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from freezeplan.training.train import Run, Settings, train_arm
 from freezeplan.training.voc import Split
-from freezeplan.training.weights import build
 from freezeplan.voc_vgg16.arms import ARMS, load_arms
+from freezeplan.voc_vgg16.weights import build
 
 VOC = (5_717, 5_823)
 """Training and validation images of PASCAL VOC 2012."""

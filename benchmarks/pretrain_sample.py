@@ -1,6 +1,6 @@
 """The convolutions that come with the sample, trained again: a slim VGG16 on 48 shapes that are not the sample's.
 
-``python -m freezeplan.experiment.pretrain --out FILE`` takes about ten minutes on one core.
+``python benchmarks/pretrain_sample.py --out FILE`` takes about ten minutes on one core.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from torch import nn
 
 from freezeplan.applied_plan import ATTRIBUTE, LIVE, AppliedPlan, applied
 from freezeplan.apply import freeze, phases
+from freezeplan.apply.freeze import Scheduler
 from freezeplan.errors import ApplyError, FreezePlanWarning
 from freezeplan.model import describer, names
 from freezeplan.plan.load import PlanLike, load_plan
@@ -49,7 +50,7 @@ def apply_plan(
     *,
     lr: float | None = None,
     weight_decay: float | None = None,
-    scheduler: freeze.Scheduler = "torch",
+    scheduler: Scheduler = "torch",
     replace: bool = False,
     epochs: int | None = None,
     guard: bool = True,

@@ -45,7 +45,7 @@ SIGNATURES = {
     "applied": "(model: 'nn.Module') -> 'AppliedPlan | None'",
     "apply_plan": (
         "(model: 'nn.Module', plan: 'PlanLike', *, lr: 'float | None' = None, weight_decay: 'float | None' = None, "
-        "scheduler: 'apply.Scheduler' = 'torch', replace: 'bool' = False, epochs: 'int | None' = None, "
+        "scheduler: 'Scheduler' = 'torch', replace: 'bool' = False, epochs: 'int | None' = None, "
         "guard: 'bool' = True) -> 'AppliedPlan'"
     ),
     "infer_plan": "(model: 'nn.Module', optimizer: 'torch.optim.Optimizer | None' = None) -> 'Plan'",

@@ -21,8 +21,8 @@ from freezeplan.training.pixels import Normalisation, Prepare
 from freezeplan.training.processes import Processes
 from freezeplan.training.train import Epoch, Run, Settings, train_arm
 from freezeplan.training.voc import Split
-from freezeplan.training.weights import build
 from freezeplan.voc_vgg16.arms import load_arms
+from freezeplan.voc_vgg16.weights import build
 
 pytestmark = [
     pytest.mark.gpu,

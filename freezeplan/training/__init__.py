@@ -1,4 +1,5 @@
-"""Training and measuring arms of any experiment: data, settings, loop, measures, results, report.
+"""Training and measuring a model on photos: data, the loop, and the comparison of plans.
 
-Imports ``api`` and below; knows nothing of the lecture. Begin with ``settings.py``, then ``train.py``, the plain loop.
+Imports ``api`` and below; knows nothing of the lecture's experiment. Begin with ``train.py``, the plain loop;
+``photos.py`` reads data, ``feed.py`` gives images or cached features, ``compare.py`` trains several plans.
 """

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from freezeplan.training.voc import Split
-from freezeplan.voc_vgg16.npy import MEAN, STD
 
 Augment = Literal["none", "flip", "crop-flip"]
 Normalise = Literal["weights", "imagenet", "half", "bgr-mean"]
+MEAN, STD = (123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255, 1 / 255, 1 / 255)
+"""The normalisation of files from Caffe, for images from 0 to 1, red first."""
 SHIFT = 8
 """A crop is shifted by up to this part of the side, one in eight."""
 

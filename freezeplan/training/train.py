@@ -25,10 +25,10 @@ from freezeplan.training.feed import Feed, Give, feed
 from freezeplan.training.pixels import Augment, Normalise, Pixels, draw
 from freezeplan.training.processes import Processes
 from freezeplan.training.voc import LabelRule, Resize, Split
-from freezeplan.voc_vgg16.model import Flatten
 
 OptimizerName = Literal["rmsprop-tf1", "rmsprop", "adamw", "sgd"]
 Amp = Literal["bf16", "fp16"]
+Flatten = Literal["chw", "hwc"]
 CONSTANTS: Mapping[OptimizerName, str] = {
     "rmsprop-tf1": "decay 0.9, epsilon 1e-10 inside the root, mean square from one, no momentum",
     "rmsprop": "decay 0.9, epsilon 1e-10 outside the root, mean square from zero, no momentum",

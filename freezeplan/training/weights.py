@@ -1,8 +1,9 @@
-"""The model that all arms of a seed start from: a head that the seed alone decides, everything else from weights."""
+"""The model that trainings of a seed start from: a head that the seed alone decides, everything else from weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,20 @@ from freezeplan.errors import ModelError, WeightsError
 from freezeplan.model.describer import describe, is_timm, title
 from freezeplan.model.source import load_model
 from freezeplan.proof.weights_file import read_state
-from freezeplan.voc_vgg16.model import Flatten  # the module registers the lecture's VGG16
-from freezeplan.voc_vgg16.npy import MEAN, STD, read_npy
 
-LECTURE = {"vgg16": "vgg16_fc256", "vgg16_fc256": "vgg16_fc256", "vgg16_slim_fc256": "vgg16_slim_fc256"}
-"""Models with the lecture's head: name -> the architecture that is built. They take ``features.*`` from weights."""
 
-SAMPLE_MODEL = "vgg16_slim_fc256"
-"""What the embedded sample is run with."""
+@dataclass(frozen=True)
+class Base:
+    """What is built for a model's name, and what of it comes from weights."""
+
+    architecture: str
+    """timm's name of it."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Passed on to timm."""
+    below: str = ""
+    """Module whose tensors alone come from weights; empty: all but the classifier."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What the weights change of the model's ``pretrained_cfg``, such as its normalisation."""
 
 
 def default_image_size(name: str) -> int:
@@ -39,12 +46,19 @@ def default_image_size(name: str) -> int:
 
 
 def build(
-    name: str, *, classes: int, image_size: int, weights: str | Path | None, seed: int, flatten: Flatten = "chw"
+    name: str,
+    *,
+    classes: int,
+    image_size: int,
+    weights: str | Path | None,
+    seed: int,
+    base: Base | None = None,
+    read: Callable[[Path], Mapping[str, Tensor]] | None = None,
 ) -> nn.Module:
     """Build a model whose head depends on the seed only and whose other tensors come from ``weights``.
 
-    ``vgg16`` is built with the lecture's head and takes ``features.*``, nothing else, from the weights. Of any other
-    model the classifier is timm's ``reset_classifier``, and every other floating-point tensor must be in the weights.
+    The classifier is timm's ``reset_classifier``, and every other floating-point tensor must be in the weights, unless
+    ``base`` says otherwise.
     A model made for one size, such as a ViT, takes its weights at that size and is then resampled to ``image_size``.
 
     The caller's random state is not touched.
@@ -53,11 +67,11 @@ def build(
         name: A timm model name.
         classes: Number of classes.
         image_size: Side of the square images in pixels.
-        weights: A safetensors file, a checkpoint (an average of weights in it goes first), or the lecture's
-            ``vgg16.npy``, whose normalisation the model then has; ``random`` for none at all; None for timm's
-            pretrained weights.
+        weights: A safetensors file, or a checkpoint (an average of weights in it goes first); ``random`` for none at
+            all; None for timm's pretrained weights.
         seed: Seed of the initialisation.
-        flatten: Order in which the lecture's head gets its features; other models have no such layer.
+        base: What is built; None: the model of this name.
+        read: Reads a file of weights; None: ``read_weights``.
 
     Returns:
         The model on the CPU in train mode.
@@ -73,25 +87,24 @@ def build(
         >>> torch.equal(one.fc.weight, two.fc.weight)
         True
     """
-    architecture = LECTURE.get(name, name)
-    blueprint = _blueprint(name, num_classes=classes)
+    base = base or Base(name)
+    blueprint = _blueprint(base.architecture, num_classes=classes)
     head = _head(blueprint)
     resize = bool(blueprint.pretrained_cfg["fixed_input_size"]) and _native_size(blueprint) != image_size  # type: ignore[index]
     resample = resize and hasattr(blueprint, "set_input_size")
     size: dict[str, Any] = {"img_size": image_size} if resize and not resample else {}
-    order: dict[str, Any] = {"flatten": flatten} if name in LECTURE else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = load_model(architecture, {**size, **order}, num_classes=classes)
+        model = load_model(base.architecture, {**size, **base.arguments}, num_classes=classes)
         # What timm gives whoever fine-tunes. The constructor's values can be of another kind: EfficientNet's start a
         # classifier of five classes at a loss of 13, from which five epochs do not recover.
         model.reset_classifier(classes)  # type: ignore[operator]
     if str(weights) != "random":
-        from_file = _below("features") if name in LECTURE else _outside(head)
-        state = pretrained_state(name) if weights is None else read_weights(Path(weights))
+        from_file = _below(base.below) if base.below else _outside(head)
+        state = pretrained_state(name) if weights is None else (read or read_weights)(Path(weights))
         load_into(model, state, from_file, origin=str(weights or weights_title(name, weights)))
-        if weights is not None and Path(weights).suffix == ".npy":  # its own normalisation, not timm's
-            model.pretrained_cfg = {**model.pretrained_cfg, "mean": MEAN, "std": STD}  # type: ignore[dict-item, assignment]
+        if base.config:
+            model.pretrained_cfg = {**model.pretrained_cfg, **base.config}  # type: ignore[dict-item, assignment]
     if resample:
         try:
             model.set_input_size(img_size=image_size)  # type: ignore[operator]
@@ -129,7 +142,7 @@ def pretrained_state(name: str) -> Mapping[str, Tensor]:
 
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:
-    """Read what a model starts from: a safetensors file, a checkpoint or the lecture's ``vgg16.npy``.
+    """Read what a model starts from: a safetensors file or a checkpoint.
 
     Of a checkpoint an average of the weights (EMA) is taken where it holds one, as timm does; a leading ``module.`` is
     taken off. Nothing in a file is executed.
@@ -137,8 +150,6 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
     Raises:
         WeightsError: If there is no such file or it cannot be read as weights.
     """
-    if path.suffix == ".npy" and path.is_file():
-        return read_npy(path)
     state: Mapping[str, Tensor] = clean_state_dict(read_state(path, averages=True))
     return state
 
@@ -184,7 +195,7 @@ def _shape(tensor: Tensor | None) -> str:
 
 
 def _blueprint(name: str, **arguments: Any) -> nn.Module:
-    model = load_model(LECTURE.get(name, name), arguments, meta=True)
+    model = load_model(name, arguments, meta=True)
     if not is_timm(model):
         notes = ["it takes the size of the images, their normalisation and the classifier from timm's configuration"]
         raise ModelError(f"{name} is not a timm model, which the experiment needs", notes=notes)

@@ -16,7 +16,7 @@ from freezeplan.training.checkpoint import Checkpoints
 from freezeplan.training.processes import Processes
 from freezeplan.training.train import Progress, Run, Settings, train_arm
 from freezeplan.training.voc import VocData, load_split
-from freezeplan.training.weights import build
+from freezeplan.voc_vgg16.weights import build
 
 ARMS = ("scratch", "frozen_convs", "low_conv_lr", "same_lr")
 """The lecture's four arms, in its order; each is the preset ``voc_vgg16/ARM``."""

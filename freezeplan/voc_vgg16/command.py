@@ -21,21 +21,20 @@ from freezeplan.errors import FreezePlanError, MissingExtraError
 from freezeplan.model.source import load_model
 from freezeplan.report import terminal
 from freezeplan.training.checkpoint import FOLDER, open_checkpoints
-from freezeplan.training.pixels import Augment, Normalise, normalisation
+from freezeplan.training.pixels import MEAN, STD, Augment, Normalise, normalisation
 from freezeplan.training.processes import beside, join
-from freezeplan.training.train import CONSTANTS, Amp, OptimizerName, Settings
+from freezeplan.training.train import CONSTANTS, Amp, Flatten, OptimizerName, Settings
 from freezeplan.training.voc import LabelRule, Resize, read_voc
-from freezeplan.training.weights import LECTURE, SAMPLE_MODEL, default_image_size, weights_title
+from freezeplan.training.weights import weights_title
 from freezeplan.voc_vgg16.arms import ARMS, load_arms, run
 from freezeplan.voc_vgg16.download import VOC2012, check_counts, default_folder, lists_of, looks_like
 from freezeplan.voc_vgg16.download import download as fetch
-from freezeplan.voc_vgg16.model import Flatten
-from freezeplan.voc_vgg16.npy import MEAN, STD
 from freezeplan.voc_vgg16.report import NAME, gallery, read_results, to_html, write_report
 from freezeplan.voc_vgg16.results import FILES, check_free, finished, summarise, write_results
 from freezeplan.voc_vgg16.sample import BATCH_SIZE, EPOCHS, weights_path, write_sample
 from freezeplan.voc_vgg16.screen import Screen, download_bar, print_results, print_settings
 from freezeplan.voc_vgg16.statistics import merge
+from freezeplan.voc_vgg16.weights import LECTURE, SAMPLE_MODEL, default_image_size
 
 MODEL = "vgg16"
 RUNS = Path("runs")

@@ -6,7 +6,7 @@ Importing this module registers ``vgg16_fc256`` and ``vgg16_slim_fc256`` for ``t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -15,8 +15,8 @@ from timm.models import VGG, build_model_with_cfg, generate_default_cfgs, regist
 from torch import nn
 
 from freezeplan.errors import ModelError
+from freezeplan.training.train import Flatten
 
-Flatten = Literal["chw", "hwc"]
 """Order of a flattened feature map: channel by channel, or pixel by pixel as TensorFlow has it."""
 HIDDEN = 256
 """Outputs of the one fully connected layer between pool5 and the classes."""

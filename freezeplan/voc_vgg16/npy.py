@@ -19,9 +19,6 @@ from torch import Tensor
 
 from freezeplan.errors import WeightsError
 
-MEAN, STD = (123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255, 1 / 255, 1 / 255)
-"""The normalisation of images from 0 to 1, red first, that these weights were trained with."""
-
 CONVOLUTIONS = {
     f"conv{block}_{number}": f"features.{index}"
     for index, (block, number) in zip(
@@ -57,7 +54,7 @@ def _to_bytes(text: str, encoding: str = "latin1") -> bytes:
 
 
 def read_npy(path: Path) -> dict[str, Tensor]:
-    """Read ``vgg16.npy`` as weights of timm's VGG16, for images normalised by ``MEAN`` and ``STD``, red first.
+    """Read ``vgg16.npy`` as weights of timm's VGG16, for images that are normalised by its ``MEAN`` and ``STD``.
 
     Args:
         path: The file.

@@ -23,12 +23,12 @@ from freezeplan.report.picture import draw
 from freezeplan.resolve.resolver import resolve
 from freezeplan.training.train import Settings
 from freezeplan.training.voc import FORMATS
-from freezeplan.training.weights import LECTURE, SAMPLE_MODEL
 from freezeplan.voc_vgg16 import statistics
 from freezeplan.voc_vgg16.arms import ARMS, PUBLISHED
 from freezeplan.voc_vgg16.results import COLOURS, to_svg
 from freezeplan.voc_vgg16.screen import LABELS, percent
 from freezeplan.voc_vgg16.shape import check_shape
+from freezeplan.voc_vgg16.weights import LECTURE, SAMPLE_MODEL
 
 NAME = "report.html"
 SIDE = 96

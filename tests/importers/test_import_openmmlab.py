@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_importers import peer
+from peers import peer
 from torch import nn
 from torch.nn import Parameter
 from typer.testing import CliRunner

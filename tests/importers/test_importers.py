@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from peers import peer
 from timm.optim import create_optimizer_v2
 from torch import nn
 from typer.testing import CliRunner
@@ -20,13 +20,6 @@ from freezeplan.errors import PlanError
 from freezeplan.importers import finetuning_scheduler, mmengine, timm_args
 from freezeplan.model.describer import create_model, describe
 from freezeplan.plan.schema import Plateau
-
-
-def peer(name: str):
-    """The real package, or a skip that names it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip(name, reason=f"{name} is not installed: pip install 'freezeplan[peers]'")
 
 
 @pytest.fixture

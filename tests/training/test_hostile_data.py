@@ -26,7 +26,7 @@ from freezeplan.plan.regex import Pattern, SlowPatternError
 from freezeplan.training import archive as archive_module
 from freezeplan.training import voc as voc_module
 from freezeplan.training.voc import read_voc
-from freezeplan.training.weights import read_weights
+from freezeplan.voc_vgg16.weights import read_weights
 
 
 def beside(name: str) -> Any:

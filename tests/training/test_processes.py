@@ -21,8 +21,8 @@ from freezeplan.training import processes
 from freezeplan.training.processes import Processes, join
 from freezeplan.training.train import Epoch, Run, Settings, train_arm
 from freezeplan.training.voc import Split
-from freezeplan.training.weights import build
 from freezeplan.voc_vgg16.arms import load_arms
+from freezeplan.voc_vgg16.weights import build
 
 SETTINGS = Settings(epochs=3, batch_size=8, image_size=160, lr=1e-4, optimizer="rmsprop")
 gloo = pytest.mark.skipif(not distributed.is_gloo_available(), reason="this torch is built without gloo")

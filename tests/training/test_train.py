@@ -33,9 +33,10 @@ from freezeplan.training.train import (
     train_arm,
 )
 from freezeplan.training.voc import Split
-from freezeplan.training.weights import build, load_into, read_weights
+from freezeplan.training.weights import load_into
 from freezeplan.voc_vgg16.arms import load_arms
 from freezeplan.voc_vgg16.model import VGG16_SLIM
+from freezeplan.voc_vgg16.weights import build, read_weights
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 MODEL = "test_resnet"

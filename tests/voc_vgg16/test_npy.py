@@ -12,9 +12,10 @@ import torch
 import freezeplan.voc_vgg16.model  # noqa: F401  # registers the slim VGG
 from freezeplan.errors import WeightsError
 from freezeplan.model.describer import create_model
-from freezeplan.training.weights import build
+from freezeplan.training.pixels import MEAN, STD
 from freezeplan.voc_vgg16.command import default_settings, fixed
-from freezeplan.voc_vgg16.npy import CONNECTED, CONVOLUTIONS, MEAN, STD, read_npy
+from freezeplan.voc_vgg16.npy import CONNECTED, CONVOLUTIONS, read_npy
+from freezeplan.voc_vgg16.weights import build
 
 
 def in_lecture_layout(model):

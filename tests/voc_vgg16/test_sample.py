@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import runpy
 from collections import Counter
+from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
 import timm
 import torch
-from freezeplan.experiment.pretrain import RECIPE, fold_batch_norm, pretrain
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -15,6 +16,9 @@ from torch import nn
 
 from freezeplan.errors import DataError, ModelError, OutputError
 from freezeplan.voc_vgg16.sample import TARGETS, TRAIN, VAL, draw_many, source_shapes, weights_path, write_sample
+
+SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "pretrain_sample.py"))
+RECIPE, fold_batch_norm, pretrain = (SCRIPT[name] for name in ("RECIPE", "fold_batch_norm", "pretrain"))
 
 
 def area(box):
