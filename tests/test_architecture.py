@@ -37,7 +37,7 @@ TURNED = [
     ("resolve/hints.py", "import torch", "resolve", "torch"),
     ("apply/freeze.py", "import timm", "apply", "timm"),
     ("cache/store.py", "from freezeplan.proof import seal", "cache", "proof"),
-    ("training/results.py", "import freezeplan.voc_vgg16.command", "training", "voc_vgg16"),
+    ("training/feed.py", "import freezeplan.voc_vgg16.command", "training", "voc_vgg16"),
     ("integrations/plans.py", "import freezeplan.apply.freeze", "integrations", "apply"),
 ]
 

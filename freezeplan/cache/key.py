@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freezeplan.apply.frozen import frozen_values
 from freezeplan.cache.features import Features
 from freezeplan.cache.independence import largest_difference, same
 from freezeplan.cache.memory import FeatureDtype as FeatureDtype
@@ -22,7 +23,7 @@ from freezeplan.cache.prefix import Prefix
 from freezeplan.cache.replay import capture
 from freezeplan.errors import ApplyError
 from freezeplan.model import describer, names
-from freezeplan.proof import seal
+from freezeplan.model.digest import digest
 from freezeplan.resolve.resolution import Resolution
 
 
@@ -44,8 +45,8 @@ def key(model: nn.Module, part: Resolution, prefix: Prefix, dtype: FeatureDtype,
         "versions": [torch.__version__, describer.version()],
     }
     found.update(json.dumps(facts).encode())
-    for name, tensors in seal.still(model, part):
-        found.update(f"{name} {seal.digest(tensors)}".encode())
+    for name, tensors in frozen_values(model, part):
+        found.update(f"{name} {digest(tensors)}".encode())
     return found.hexdigest()[:16]
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from freezeplan.cache.memory import FeatureDtype, Keep, to_host
 from freezeplan.errors import ApplyError, FreezePlanError
-from freezeplan.proof import seal
+from freezeplan.model.digest import digest as digest_of
 
 
 def image_of(item: Any, prepare: nn.Module | None = None) -> Tensor:
@@ -297,7 +297,7 @@ def prepared_by(prepare: nn.Module | None) -> str:
         for name, part in prepare.named_modules()
     ]
     tensors = [*prepare.named_parameters(), *prepare.named_buffers()]
-    return json.dumps([parts, [(name, seal.digest([tensor])) for name, tensor in tensors]])
+    return json.dumps([parts, [(name, digest_of([tensor])) for name, tensor in tensors]])
 
 
 def _settings(part: nn.Module) -> list[tuple[str, str]]:

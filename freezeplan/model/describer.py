@@ -29,7 +29,7 @@ from freezeplan.model.timm_facts import (
     timm_version,
     title,
 )
-from freezeplan.plan.schema import ROLES
+from freezeplan.plan.fields import ROLES
 
 __all__ = [
     "create_model",

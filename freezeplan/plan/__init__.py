@@ -5,8 +5,9 @@ which reads a file and gives every mistake its line and column; ``dump.py`` writ
 """
 
 from freezeplan.plan.dump import dump
+from freezeplan.plan.fields import ROLES, SELECTORS, Mode
 from freezeplan.plan.load import PlanLike, load_plan, load_presets, read_data, read_text
-from freezeplan.plan.schema import ROLES, SELECTORS, Mode, Phase, Plan, Plateau, Rate, Rule
+from freezeplan.plan.schema import Phase, Plan, Plateau, Rate, Rule
 
 __all__ = [
     "ROLES", "SELECTORS", "Mode", "Phase", "Plan", "PlanLike", "Plateau", "Rate", "Rule", "dump", "load_plan",

@@ -6,8 +6,7 @@ Whether a rule fits a model is not decided here but in ``freezeplan.resolve``.
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -16,142 +15,30 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
-    PlainSerializer,
     PrivateAttr,
     Tag,
-    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from freezeplan.plan.location import Loc, Source
-from freezeplan.plan.regex import objection
-
-Role = Literal["head", "stem", "body", "norm", "bias", "pos_embed", "no_weight_decay"]
-ROLES: tuple[Role, ...] = Role.__args__  # type: ignore[attr-defined]
-Mode = Literal["eval", "train"]
-
-_STAGE = re.compile(r"-?\d+|(?:-?\d+)?\.\.(?:-?\d+)?")
-
-SELECTORS = ("match", "type", "role", "stage")
-"""The keys of a rule that select; all that are given must hold."""
-
-SETTINGS = ("rate", "wd_mult", "layer_decay", "mode", "reinit")
-"""What a rule can set; the rate by one of two keys, ``frozen`` and ``lr_mult``."""
-
-
-def _check_pattern(pattern: str) -> str:
-    if not pattern:
-        raise PydanticCustomError("bad_pattern", "an empty pattern matches no name")
-    reason = objection(pattern) or ("" if pattern.isprintable() else "has characters that cannot be printed")
-    if reason:
-        facts = {"pattern": _short(pattern), "reason": reason}
-        raise PydanticCustomError("bad_pattern", "pattern {pattern} {reason}", facts)
-    return pattern
-
-
-def _check_printable(text: str) -> str:
-    if not text.isprintable():
-        raise PydanticCustomError(
-            "not_printable", "expected printable characters on one line, found {found}", {"found": _short(text)}
-        )
-    return text
-
-
-def _check_lines(text: str) -> str:
-    if not all(line.isprintable() for line in text.split("\n")):
-        raise PydanticCustomError(
-            "not_printable", "expected printable characters and ends of lines, found {found}", {"found": _short(text)}
-        )
-    return text
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 200 else f"{text[:60]}...")
-
-
-def _check_multiplier(value: object) -> object:
-    if value == 0 and not isinstance(value, bool):
-        raise PydanticCustomError(
-            "lr_mult_zero", "lr_mult must be greater than 0, found 0; to freeze, say frozen: true"
-        )
-    return value
-
-
-def _check_frozen(value: object) -> object:
-    if value is not True:
-        raise PydanticCustomError(
-            "frozen_not_true",
-            "frozen can only be true, found {found}; to train, give lr_mult instead",
-            {"found": repr(value)},
-        )
-    return value
-
-
-def _check_version(value: object) -> object:
-    if isinstance(value, bool) or value != 1:
-        raise PydanticCustomError(
-            "bad_version",
-            "version is 1, the number, found {found}; this freezeplan reads version 1",
-            {"found": repr(value)},
-        )
-    return value
-
-
-def _check_not_empty(values: tuple[str, ...]) -> tuple[str, ...]:
-    if not values:
-        raise PydanticCustomError("empty_list", "an empty list selects nothing")
-    return values
-
-
-def _check_stage(value: object) -> str:
-    """Normalise to text: ``2``, ``-1``, ``1..3``, ``..2``, ``3..``."""
-    text = str(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
-    if not _STAGE.fullmatch(text) or text == "..":
-        raise PydanticCustomError(
-            "bad_stage",
-            "stage is an integer or a range, 2, -1, 1..3, ..2 or 3.., found {found}",
-            {"found": repr(value)},
-        )
-    first, _, last = text.partition("..")
-    if first and last and (first[0] == "-") == (last[0] == "-") and int(first) > int(last):
-        raise PydanticCustomError(
-            "stage_backwards", "stage {first}..{last} runs backwards", {"first": first, "last": last}
-        )
-    return text
-
-
-def _stage_out(value: tuple[str, ...]) -> object:
-    """Dump a single stage as the integer that it was."""
-    written = [text if ".." in text else int(text) for text in value]
-    return written[0] if len(written) == 1 else written
-
-
-def _one_or_more(schema: dict[str, Any]) -> Any:
-    """Let a list be written as its only element, in files, in the JSON schema and when dumped again."""
-    return (
-        AfterValidator(_check_not_empty),
-        BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
-        PlainSerializer(lambda value: value[0] if len(value) == 1 else list(value), when_used="json-unless-none"),
-        WithJsonSchema({"anyOf": [schema, {"type": "array", "items": schema, "minItems": 1}]}),
-    )
-
-
-Pattern = Annotated[str, Field(strict=True), AfterValidator(_check_pattern)]
-Multiplier = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), BeforeValidator(_check_multiplier)]
-LayerDecay = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]
-Frozen = Annotated[Literal[True], BeforeValidator(_check_frozen)]
-
-_string: dict[str, Any] = {"type": "string", "minLength": 1}
-_role: dict[str, Any] = {"type": "string", "enum": list(ROLES)}
-_patterns, _roles = _one_or_more(_string), _one_or_more(_role)
-_stage: dict[str, Any] = {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": rf"^(?:{_STAGE.pattern})$"}]}
-_stages = (
-    AfterValidator(_check_not_empty),
-    BeforeValidator(lambda value: value if isinstance(value, (list, tuple)) else (value,)),
-    PlainSerializer(_stage_out, when_used="json-unless-none"),
-    WithJsonSchema({"anyOf": [_stage, {"type": "array", "items": _stage, "minItems": 1}]}),
+from freezeplan.plan.fields import (
+    SELECTORS,
+    SETTINGS,
+    Frozen,
+    LayerDecay,
+    Mode,
+    Multiplier,
+    Pattern,
+    Role,
+    check_lines,
+    check_printable,
+    check_stage,
+    check_version,
+    patterns,
+    roles,
+    stages,
 )
+from freezeplan.plan.location import Loc, Source
 
 
 def _check_rules(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
@@ -194,20 +81,20 @@ class Rule(_Data):
         ('mode',)
     """
 
-    match: Annotated[tuple[Pattern, ...], *_patterns] | None = None
+    match: Annotated[tuple[Pattern, ...], *patterns] | None = None
     """Regular expression that must match the whole dotted name of a parameter, or of a module above it (then everything
     below that module is selected). With a lookaround it is held against the parameter's full name only. A list means
     any of them."""
-    type: Annotated[tuple[Pattern, ...], *_patterns] | None = None
+    type: Annotated[tuple[Pattern, ...], *patterns] | None = None
     """Regular expression that must match the whole class name of a module, its own or a base's; it takes that module
     and all below. A list means any of them."""
-    role: Annotated[tuple[Role, ...], *_roles] | None = None
+    role: Annotated[tuple[Role, ...], *roles] | None = None
     """What timm knows of the architecture: ``head`` (the classifier; in a model that contains timm models all that is
     in none of them too), ``stem`` (stage 0), ``body`` (all but the head), ``norm`` (normalisation layers), ``bias``,
     ``pos_embed`` (position embeddings and the position biases of attention, absolute and relative: learned tensors, and
     the convolutions and small networks that make them), ``no_weight_decay`` (what timm's method of that name lists). A
     list means any of them."""
-    stage: Annotated[tuple[Annotated[str, BeforeValidator(_check_stage)], ...], *_stages] | None = None
+    stage: Annotated[tuple[Annotated[str, BeforeValidator(check_stage)], ...], *stages] | None = None
     """Depth: 0 is the stem, stages count from 1, -1 is the last one, in each timm model by itself; an integer or a
     range with both ends included: ``2``, ``1..3``, ``..2``, ``3..``. A list means any of them."""
     frozen: Frozen | None = None
@@ -265,7 +152,7 @@ class Plateau(_Data):
         'min'
     """
 
-    metric: Annotated[str, Field(strict=True, min_length=1), AfterValidator(_check_printable)]
+    metric: Annotated[str, Field(strict=True, min_length=1), AfterValidator(check_printable)]
     """Name under which ``applied.step(metrics={...})`` gets it."""
     patience: Annotated[int, Field(strict=True, ge=1)]
     """Epochs without a new best value after which the phase ends."""
@@ -301,7 +188,7 @@ class Phase(_Data):
         2
     """
 
-    name: Annotated[str, Field(strict=True, min_length=1), AfterValidator(_check_printable)]
+    name: Annotated[str, Field(strict=True, min_length=1), AfterValidator(check_printable)]
     """What the phase is called in reports; no two alike."""
     until: Until | None = None
     """Where it ends: before this epoch, counted from 0 since the start of training; after this percentage of the
@@ -321,11 +208,11 @@ class Plan(_Data):
         [{'role': 'head', 'lr_mult': 1.0}, {'match': '.*', 'frozen': True}]
     """
 
-    version: Annotated[Literal[1], BeforeValidator(_check_version)]
+    version: Annotated[Literal[1], BeforeValidator(check_version)]
     """Version of the plan language, always 1; readable through all of freezeplan 1.x."""
-    name: Annotated[str, Field(strict=True), AfterValidator(_check_printable)] | None = None
+    name: Annotated[str, Field(strict=True), AfterValidator(check_printable)] | None = None
     """What the plan is called in reports."""
-    description: Annotated[str, Field(strict=True), AfterValidator(_check_lines)] | None = None
+    description: Annotated[str, Field(strict=True), AfterValidator(check_lines)] | None = None
     """What it is for, and the source of the method."""
     rules: Annotated[tuple[Rule, ...], AfterValidator(_check_rules)]
     """The rules, first match first."""

@@ -19,13 +19,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from freezeplan.apply import freeze
+from freezeplan.apply.frozen import frozen_values
 from freezeplan.atomic import whole_file
 from freezeplan.errors import OutputError, WeightsError, printable
 from freezeplan.model import describer, names
+from freezeplan.model.digest import digest
 from freezeplan.model.sharded import put, whole, writes
 from freezeplan.plan.load import load_plan
 from freezeplan.plan.schema import Plan
-from freezeplan.proof import causes, seal
+from freezeplan.proof import causes
 from freezeplan.resolve.resolution import Resolution
 
 _FORMAT = "freezeplan-delta-1"
@@ -59,7 +61,7 @@ class Delta:
     base: str
     """Content hash (sha256) of all that stood still: of names and ``held``."""
     held: Mapping[str, str]
-    """Name of each tensor or buffer that stood still -> its digest (``freezeplan.proof.seal.digest``)."""
+    """Name of each tensor or buffer that stood still -> its digest (``model.digest``)."""
     tensors: Mapping[str, Tensor]
     """Name -> trained tensor or moved buffer; the parts of a parametrized one are ``NAME[0]``, ``NAME[1]``."""
 
@@ -84,8 +86,8 @@ def save(model: nn.Module, resolution: Resolution, phase: str, path: str | Path)
     live = tensors_of(model)
     anew = {row.name for row in resolution.rows if row.reinit}
     anew |= {buffer.name for buffer in resolution.buffers if buffer.reinit}
-    still = {key for key, _ in _numbered(pair for pair in seal.still(model, resolution) if pair[0] not in anew)}
-    held = {key: seal.digest([tensor]) for key, tensor in live.items() if key in still}
+    still = {key for key, _ in _numbered(pair for pair in frozen_values(model, resolution) if pair[0] not in anew)}
+    held = {key: digest([tensor]) for key, tensor in live.items() if key in still}
     header = {
         "format": _FORMAT,
         "plan": json.dumps(resolution.plan.model_dump(mode="json", exclude_defaults=True)),
@@ -232,7 +234,7 @@ def check(delta: Delta, base: Mapping[str, Tensor], *, where: str, model: str) -
                 reason = f"the delta has {_kind(expected)}, {model} has {_kind(found)}"
         elif name not in delta.held:
             reason = "the delta does not know it"
-        elif seal.digest([base[name]]) != delta.held[name]:
+        elif digest([base[name]]) != delta.held[name]:
             reason = "its values are others than those that the delta was made on"
         if reason:
             made = f"it was made on {delta.model}" + (f" of timm {delta.timm}" if delta.timm else "")
@@ -283,7 +285,7 @@ def compare(first: Delta, second: Delta) -> tuple[Difference, ...]:
             found.append(Difference(name, "only in the second" if one is None else "only in the first"))
         elif (one.shape, one.dtype) != (two.shape, two.dtype):
             found.append(Difference(name, f"{_kind(one)} -> {_kind(two)}"))
-        elif seal.digest([one]) != seal.digest([two]):
+        elif digest([one]) != digest([two]):
             amount = causes.largest_change([one], [two])
             found.append(Difference(name, f"differs by up to {amount:.3g}", amount))
     return tuple(found)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from freezeplan.apply.frozen import frozen_values
 from freezeplan.errors import WeightsError, did_you_mean
 from freezeplan.model import names
+from freezeplan.model.digest import digest
 from freezeplan.model.sharded import whole
 from freezeplan.proof import causes
 from freezeplan.resolve.resolution import Resolution
@@ -111,38 +112,12 @@ def place(tensor: Tensor) -> Place:
     return Place(id(tensor), tensor.data_ptr(), f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}")
 
 
-def still(model: nn.Module, resolution: Resolution) -> Iterator[tuple[str, list[Tensor]]]:
-    """Yield what is frozen in every phase: parameters, and buffers of modules in eval. Of what is gone, no tensor."""
-    live = names.survey(model)
-    for row in resolution.always_frozen:
-        yield row.name, list(live.parameters.get(row.name, ()))
-    for name in resolution.always_frozen_buffers:
-        yield name, live.buffers.get(name, [])
-
-
 def take_seal(model: nn.Module, resolution: Resolution, *, copy: bool) -> Seal:
     """Return the digests of what must not move; with ``copy`` also its values, at the cost of their memory."""
-    now = dict(still(model, resolution))
+    now = dict(frozen_values(model, resolution))
     copies = {name: tuple(whole(tensor).clone() for tensor in found) for name, found in now.items()} if copy else {}
     places = {name: tuple(map(place, found)) for name, found in now.items()}
     return Seal({name: digest(found) for name, found in now.items()}, places, Loads(model), copies)
-
-
-def digest(tensors: list[Tensor]) -> str:
-    """Return the sha256 of the values, shapes and dtypes of some tensors, as a hexadecimal string.
-
-    A sharded tensor has the digest of its whole values, so every process calls this for it.
-
-    Examples:
-        >>> flat, row = torch.zeros(2), torch.zeros(1, 2)
-        >>> digest([flat]) == digest([flat.clone()]), digest([flat]) == digest([row])
-        (True, False)
-    """
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        found.update(whole(tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def compare(
@@ -156,7 +131,7 @@ def compare(
         seal: Taken before.
         optimizers: Those that are known to train it; one that holds what moved is named.
     """
-    now = dict(still(model, resolution))
+    now = dict(frozen_values(model, resolution))
     broken = [name for name, sealed in seal.digests.items() if name not in now or digest(now[name]) != sealed]
     moved, exchanged = [], set()
     for name in broken:  # parameters first
@@ -199,7 +174,7 @@ def compare_states(
         WeightsError: Where a file lacks what is frozen, or ``before`` has another shape of it than the model.
     """
     files = [names.grouped(model, state) for state in (before, after)]
-    wanted = dict(still(model, resolution))
+    wanted = dict(frozen_values(model, resolution))
     for state, origin in zip(files, origins, strict=True):
         missing = [name for name in wanted if name not in state]
         if missing:

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from freezeplan.model.description import Description
+from freezeplan.plan.fields import SETTINGS, Mode
 from freezeplan.plan.regex import SlowPatternError
-from freezeplan.plan.schema import SETTINGS, Mode, Plan
+from freezeplan.plan.schema import Plan
 from freezeplan.resolve.resolution import RuleUse
 from freezeplan.resolve.select import Selection, select
 

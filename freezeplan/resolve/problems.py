@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from freezeplan.errors import Problem, did_you_mean
 from freezeplan.model.description import Description, Part
-from freezeplan.plan.schema import SELECTORS, Plan, Rule
+from freezeplan.plan.fields import SELECTORS
+from freezeplan.plan.schema import Plan, Rule
 from freezeplan.resolve.decide import Decided
 from freezeplan.resolve.select import ROOT_NOTE, explain_miss, match_types, names_root, select
 

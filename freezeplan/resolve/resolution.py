@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from freezeplan.plan.schema import Mode, Plan
+from freezeplan.plan.fields import Mode
+from freezeplan.plan.schema import Plan
 
 
 class Row(NamedTuple):

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 from freezeplan.errors import PlanError
 from freezeplan.model.description import Description
-from freezeplan.plan.schema import Mode, Plan
+from freezeplan.plan.fields import Mode
+from freezeplan.plan.schema import Plan
 from freezeplan.resolve.decide import Decided, decide
 from freezeplan.resolve.hints import find_hints
 from freezeplan.resolve.problems import find_problems
