@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freezeplan.training.train import Run, Settings, train_arm
+from freezeplan.training.settings import Settings
+from freezeplan.training.train import Run, train_arm
 from freezeplan.training.voc import Split
 from freezeplan.voc_vgg16.arms import ARMS, load_arms
 from freezeplan.voc_vgg16.weights import build

@@ -13,9 +13,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from freezeplan.apply import freeze, phases
-from freezeplan.cache import boundaries, fill, key, memory, reader, replay, store
-from freezeplan.cache.calls import undisturbed
+from freezeplan.cache.boundaries import prefix_of
+from freezeplan.cache.cached import Found, cached
 from freezeplan.cache.features import Features, Images
+from freezeplan.cache.memory import FeatureDtype, Keep
 from freezeplan.cache.prefix import Prefix
 from freezeplan.errors import ApplyError
 from freezeplan.guard import schedulers
@@ -85,7 +86,7 @@ class AppliedPlan:
         self._guard = Guard(model, resolution, self._phase_index, scheduler, closely=guard)
         self._before = before
         self._seal: Seal | None = None
-        self._memoised: tuple[Any, boundaries.Cuts] | None = None
+        self._cuts: Found | None = None
 
     @property
     def plan(self) -> Plan:
@@ -200,7 +201,7 @@ class AppliedPlan:
         return changed
 
     def _enter(self) -> None:
-        self._memoised = None
+        self._cuts = None
         freeze.enter(names.survey(self.model), self._part)
         self._guard.enter_phase()
 
@@ -401,7 +402,7 @@ class AppliedPlan:
             32,784,384 of 32,784,960 forward FLOPs an image (100.0%)
         """
         self._check_live()
-        return boundaries.prefix_of(self.model, sample)
+        return prefix_of(self.model, sample)
 
     def cached(
         self,
@@ -409,8 +410,8 @@ class AppliedPlan:
         directory: str | Path | None = None,
         *,
         views: int = 1,
-        dtype: memory.FeatureDtype = "float32",
-        keep: memory.Keep = "auto",
+        dtype: FeatureDtype = "float32",
+        keep: Keep = "auto",
         prepare: nn.Module | None = None,
         batch_size: int = 32,
         device: torch.device | str | None = None,
@@ -419,47 +420,35 @@ class AppliedPlan:
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> tuple[Features | Images, nn.Module]:
-        """Compute what the frozen part gives for every image once, and train on that from then on.
+        """Compute the features of the frozen layers once for every image, and train on them from then on.
 
-        The features of images that are on disk already are not computed again. Before it returns, the pass over
-        features is compared with the plain one: answers and gradients, with the trained parameters as they are and
-        changed at random. With phases, the features of later ones are kept in the same pass where they are no larger
-        than the images; call this again when ``step`` returns True. In a phase in which nothing can be kept it gives
-        the images and the model, so that the same loop trains every phase.
+        Features that are on disk already are not computed again. Before it returns, the pass over features is compared
+        with the plain one, bit by bit. With phases, call this again when ``step`` returns True; in a phase in which
+        nothing can be cached it gives the images and the model, so that one loop trains every phase.
+        ``freezeplan.cache.cached.cached`` says what every argument is.
 
         Args:
             dataset: Gives images, (C, H, W) and floating-point, or tuples that begin with one, the same each time.
-            directory: Where features are kept; the user's cache folder if not given. It may be shared by plans, models
-                and data sets, and by processes, which then share the work.
-            views: Number of fixed augmented versions of each image; then the data set may augment at random.
-            dtype: Of the numbers that are kept. float32 keeps results; the others take half the room.
-            keep: Where features are while a model is trained on them. ``device``: where the model is; ``host``: in host
-                memory, which a GPU copies batches from by itself; ``disk``: in memory-mapped files. What is larger
-                than half of the memory that is free goes to the next of these, with a warning. ``auto``: ``device``
-                where that is a CUDA device, else ``disk``. The files are written in any case: with ``disk`` before
-                this returns, otherwise by a thread, beside the training.
-            prepare: Takes a batch of raw images, (N, ...) of any type, on the device, and gives what the model gets,
-                (N, C, H, W) and floating-point. Then the data set gives raw images, for example bytes, and these are
-                read, hashed and copied to the device. What it does goes into the names of the files: its class,
-                settings, text (``repr``) and tensors. It is moved to the model's device.
+            directory: Where features are cached; the user's cache folder if not given.
+            views: Number of fixed augmented versions of each image.
+            dtype: Of the numbers that are cached.
+            keep: Where features are while a model is trained on them.
+            prepare: Makes of a batch of raw images, such as bytes, what the model gets.
             batch_size: Images a pass.
-            device: Where the passes run, there and back again; where the model is if not given.
+            device: Where the passes run; where the model is if not given.
             workers: Processes that read images.
-            limit: Bytes that the directory may hold at most; None: what the disk has.
+            limit: Bytes that the directory may hold at most.
             seed: Decides the views.
-            progress: Is told how many rows have features, and of how many: ``views * len(dataset)``.
+            progress: Is told how many rows have features, and of how many.
 
         Returns:
-            A data set with the same length and targets and features for images, and the module to train on them: its
-            parameters are the model's own trained ones, so the optimizer, averages and checkpoints stay valid, and
-            the model itself can be evaluated on images at any time. In a phase in which nothing can be kept: the images
-            in that shape, and the model.
+            A data set with the same length and targets and features for images, and the module to train on them. Its
+            parameters are the model's own trained ones.
 
         Raises:
-            ApplyError: If an argument is none that is possible, nothing can be memoised and the plan has no phases, the
+            ApplyError: If an argument has no possible value, nothing can be cached and the plan has no phases, the
                 images are not the same each time, or the comparison fails.
-            FreezePlanError: If the features do not fit, the directory cannot be used, or an image has another shape
-                than the first.
+            FreezePlanError: If the features do not fit, or an image has another shape than the first.
 
         Examples:
             >>> import tempfile
@@ -473,51 +462,14 @@ class AppliedPlan:
             ...     x, y = next(iter(torch.utils.data.DataLoader(features, batch_size=6)))
             >>> tuple(x.shape), torch.allclose(rest.eval()(x), model(images), atol=1e-5)
             ((6, 96), True)
-            >>> {id(p) for p in rest.parameters()} == {id(p) for p in live.trainable_parameters()}
-            True
         """
         self._check_live()
-        reader.check_arguments(dataset, views=views, batch_size=batch_size, dtype=dtype, keep=keep, prepare=prepare)
-        home = next(self.model.parameters()).device
-        there = home if device is None else torch.device(device)
-        reader.check_fixed(dataset, views, seed, prepare)
-        where = store.default_directory() if directory is None else Path(directory)
-        with undisturbed(self.model):
-            self.model.to(there)
-            try:
-                raw = reader.first_images(dataset, views, seed, prepare).to(there)
-                prepare = prepare if prepare is None else prepare.to(there)
-                reader.check_prepare(prepare, raw)
-                sample = reader.prepared(raw, prepare)
-                if self.plan.phases and (obstacle := self.prefix(sample).obstacle):
-                    images = Images(dataset, views=views, seed=seed, prepare=prepare, device=home, reason=obstacle)
-                    return images, self.model
-                cuts = self._cuts(sample)
-                found, earlier = boundaries.places(self.model, self.resolution, cuts, where, dtype, there)
-                self.model.train()
-                with replay.channels_last(self.model, [one.prefix for one in found], sample):
-                    features = fill.fill(
-                        self.model, found, dataset, views=views, seed=seed, dtype=dtype, batch_size=batch_size,
-                        device=there, home=home, workers=workers, limit=limit, progress=progress, earlier=earlier,
-                        keep=keep, prepare=prepare,
-                    )  # fmt: skip
-                    batch = reader.prepared(
-                        reader.first_batch(dataset, views, seed, batch_size, prepare).to(there), prepare
-                    )
-                    features.size_difference = key.check_stored(self.model, found[0].prefix, batch, features, there)
-            finally:
-                self.model.to(home)
-                if prepare is not None:
-                    prepare.to(home)
-        return features, cuts.rest
-
-    def _cuts(self, sample: torch.Tensor) -> boundaries.Cuts:
-        """What can be kept, found once a phase and shape of images."""
-        facts = (sample.shape, sample.dtype, repr(key.arithmetic(sample.device)))
-        if self._memoised is None or self._memoised[0] != facts:
-            index = self._phase_index()
-            self._memoised = facts, boundaries.find_cuts(self.model, self.resolution, index, sample)
-        return self._memoised[1]
+        found, run, self._cuts = cached(
+            self.model, self.resolution, self._phase_index(), self._cuts, dataset, directory, views=views, dtype=dtype,
+            keep=keep, prepare=prepare, batch_size=batch_size, device=device, workers=workers, limit=limit, seed=seed,
+            progress=progress,
+        )  # fmt: skip
+        return found, run
 
     def undo(self) -> None:
         """Give the model back its flags and modes, take the pins away, clear gradients. Values stay. Twice is once."""
@@ -530,7 +482,7 @@ class AppliedPlan:
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model, an average of its weights for one, lies elsewhere.
         seal = self._seal and dataclasses.replace(self._seal, places={})
-        return {**self.__dict__, "_memoised": None, "_seal": seal}
+        return {**self.__dict__, "_cuts": None, "_seal": seal}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

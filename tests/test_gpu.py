@@ -19,7 +19,8 @@ from freezeplan.cache import fill, memory, writer
 from freezeplan.training.checkpoint import Checkpoint
 from freezeplan.training.pixels import Normalisation, Prepare
 from freezeplan.training.processes import Processes
-from freezeplan.training.train import Epoch, Run, Settings, train_arm
+from freezeplan.training.settings import Settings
+from freezeplan.training.train import Epoch, Run, train_arm
 from freezeplan.training.voc import Split
 from freezeplan.voc_vgg16.arms import load_arms
 from freezeplan.voc_vgg16.weights import build

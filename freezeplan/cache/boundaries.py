@@ -35,7 +35,7 @@ class Cuts:
     kept: tuple[Cut, ...]
     """The phase that holds now, then those after it as far as what they need is frozen until then."""
     before: Cut | None
-    """An earlier phase, whose features lead to these without an image: all that it froze is still frozen."""
+    """An earlier phase, all of whose frozen part is still frozen: its features may lead to these without an image."""
     rest: replay.Rest
     """What is left of a pass now, proved against the plain one."""
 
@@ -88,8 +88,6 @@ def find_cuts(model: nn.Module, resolution: Resolution, index: int, sample: torc
     finally:
         if resolution.phases:
             freeze.enter(live, here)
-    if before is not None and not replay.leads(model, before.prefix, [cut.prefix for cut in kept], sample):
-        before = None
     return Cuts(tuple(kept), before, rest)
 
 
@@ -105,7 +103,7 @@ def places(
     dtype: cache.FeatureDtype,
     device: torch.device,
 ) -> tuple[list[cache.Boundary], cache.Boundary | None]:
-    """Say where the features of each phase lie, and those of the earlier one if these may be computed from them.
+    """Say where the features of each phase lie, and those of the earlier one if these may lead to them.
 
     Args:
         model: The model; what is frozen is read for the keys.

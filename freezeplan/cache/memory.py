@@ -54,7 +54,7 @@ def choose(keep: Keep, device: torch.device, wanted: int) -> Literal["device", "
             f"are kept {'in host memory' if found == 'host' else 'on disk alone'}\n"
             "  dtype='bfloat16' takes half the room",
             FreezePlanWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return found
 

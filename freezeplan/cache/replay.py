@@ -173,13 +173,17 @@ def capture(model: nn.Module, prefixes: Sequence[Prefix], given: Tensor, earlier
 
 
 def leads(model: nn.Module, earlier: Prefix, prefixes: Sequence[Prefix], images: Tensor) -> bool:
-    """Return whether the features that are kept for one prefix lead to those of others, without the images.
+    """Return whether the features that are kept for one prefix lead to those of others, bit by bit.
+
+    Features lie in memory in the order that they are stored in, which is not always that of the plain pass: a sum over
+    another order rounds differently. So it is tried as ``fill`` computes: with as many images and under
+    ``channels_last``.
 
     Args:
         model: As it was watched last; it is in train mode afterwards.
         earlier: What was found on it when less was frozen.
         prefixes: What is found now.
-        images: Some, (N, C, H, W), to try it on.
+        images: A batch, (N, C, H, W), to try it on.
     """
     if not earlier.stored:
         return False

@@ -10,9 +10,8 @@ import typer
 from freezeplan.cli import completion
 from freezeplan.cli.options import one_of
 from freezeplan.errors import MissingExtraError
+from freezeplan.training.settings import Amp, Device
 
-Device = Literal["auto", "cpu", "cuda"]
-Amp = Literal["bf16", "fp16"]
 On = Literal["here", "ray"]
 
 

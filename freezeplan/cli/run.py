@@ -12,16 +12,18 @@ from freezeplan.cli.options import AsJson, one_of, print_json
 from freezeplan.cli.settings_file import use_settings
 from freezeplan.errors import MissingExtraError
 from freezeplan.report import terminal
+from freezeplan.training.settings import (
+    Amp,
+    Augment,
+    Device,
+    Flatten,
+    LabelRule,
+    Normalise,
+    OptimizerName,
+    Resize,
+)  # fmt: skip
 
 Experiment = Literal["voc_vgg16"]
-OptimizerName = Literal["rmsprop-tf1", "rmsprop", "adamw", "sgd"]
-Device = Literal["auto", "cpu", "cuda"]
-LabelRule = Literal["largest", "first"]
-Amp = Literal["bf16", "fp16"]
-Augment = Literal["none", "flip", "crop-flip"]
-Normalise = Literal["weights", "imagenet", "half", "bgr-mean"]
-Flatten = Literal["chw", "hwc"]
-Resize = Literal["squash", "center-crop"]
 # Stated here and not imported: the experiment brings torch with it, and --help should not wait for that.
 EPOCHS = "20; sample: 25"
 BATCH_SIZE = "32; sample: 16"

@@ -19,7 +19,8 @@ from freezeplan.errors import DataError, FreezePlanError, PlanError, Problem
 from freezeplan.model.describer import create_model
 from freezeplan.training.photos import split_each_class
 from freezeplan.training.ranking import Trial
-from freezeplan.training.train import Progress, Settings, train_arm
+from freezeplan.training.settings import Settings
+from freezeplan.training.train import Progress, train_arm
 from freezeplan.training.voc import Split, VocData, load_split
 from freezeplan.training.weights import build
 

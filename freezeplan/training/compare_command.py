@@ -34,7 +34,8 @@ from freezeplan.training.compare_report import FILES, percent, print_ranking, wr
 from freezeplan.training.on_ray import on_ray
 from freezeplan.training.photos import read_photos
 from freezeplan.training.ranking import Trial, rank
-from freezeplan.training.train import Amp, Epoch, Settings
+from freezeplan.training.settings import Amp, Settings
+from freezeplan.training.train import Epoch
 from freezeplan.training.weights import default_image_size, weights_title
 
 TRIALS = "trials"

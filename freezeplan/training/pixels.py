@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from freezeplan.training.settings import Augment, Normalise
 from freezeplan.training.voc import Split
 
-Augment = Literal["none", "flip", "crop-flip"]
-Normalise = Literal["weights", "imagenet", "half", "bgr-mean"]
 MEAN, STD = (123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255, 1 / 255, 1 / 255)
 """The normalisation of files from Caffe, for images from 0 to 1, red first."""
 SHIFT = 8

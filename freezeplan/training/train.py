@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-import timm.optim
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,71 +20,19 @@ from freezeplan import AppliedPlan, Plan, apply_plan
 from freezeplan.cache.memory import FeatureDtype
 from freezeplan.errors import FreezePlanWarning, ModelError
 from freezeplan.training.checkpoint import Checkpoint
-from freezeplan.training.feed import Feed, Give, feed
-from freezeplan.training.pixels import Augment, Normalise, Pixels, draw
+from freezeplan.training.feed import Feed, feed
+from freezeplan.training.measures import Measured, commonest_error, fraction, measure, predict
+from freezeplan.training.optimizers import make_optimizer
+from freezeplan.training.pixels import Pixels, draw
 from freezeplan.training.processes import Processes
-from freezeplan.training.voc import LabelRule, Resize, Split
+from freezeplan.training.settings import Amp, Settings
+from freezeplan.training.voc import Split
 
-OptimizerName = Literal["rmsprop-tf1", "rmsprop", "adamw", "sgd"]
-Amp = Literal["bf16", "fp16"]
-Flatten = Literal["chw", "hwc"]
-CONSTANTS: Mapping[OptimizerName, str] = {
-    "rmsprop-tf1": "decay 0.9, epsilon 1e-10 inside the root, mean square from one, no momentum",
-    "rmsprop": "decay 0.9, epsilon 1e-10 outside the root, mean square from zero, no momentum",
-    "adamw": "betas 0.9 and 0.999, epsilon 1e-8, weight decay 0.01, fused",
-    "sgd": "momentum 0.9, no weight decay, fused",
-}
-"""What is fixed of an optimizer, in words; ``make_optimizer`` in numbers."""
 _NUMBERS: Mapping[Amp | None, tuple[torch.dtype, FeatureDtype]] = {
     None: (torch.bfloat16, "float32"),  # autocast is off
     "bf16": (torch.bfloat16, "bfloat16"),
     "fp16": (torch.float16, "float16"),
 }
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that decides a run besides data, model, weights, arms and seeds."""
-
-    epochs: int
-    """Passes over the training images."""
-    batch_size: int
-    """Images a step, at most: an epoch is cut into parts as equal as they can be, so that none is of one image."""
-    image_size: int
-    """Side of the square images in pixels."""
-    lr: float = 5e-4
-    """Base learning rate, constant after the warm-up; the lecture's."""
-    optimizer: OptimizerName = "rmsprop-tf1"
-    clip: float | None = None
-    """Largest L2 norm of all gradients together; None: no clipping."""
-    warmup: int = 0
-    """Steps over which the rate grows linearly from nothing."""
-    label: LabelRule = "largest"
-    augment: Augment = "none"
-    """How training images differ from epoch to epoch; validation images never do."""
-    normalise: Normalise = "weights"
-    flatten: Flatten = "chw"
-    """Order in which VGG16's pool5 is flattened."""
-    resize: Resize = "squash"
-    device: str = "cpu"
-    threads: int = 1
-    """Threads inside torch; their number changes the last digits of a result on the CPU."""
-    workers: int = 1
-    """Threads that decode images, once, before training."""
-    skip_bad: bool = False
-    """Leave out images that do not decode."""
-    cache: bool = True
-    """Run what is frozen ahead of everything trained once an image, and keep its features on disk."""
-    cache_dir: str | None = None
-    """Folder of features; None: the user's cache folder."""
-    cache_limit: int | None = None
-    """Bytes that it may hold at most; None: what the disk has."""
-    channels_last: bool = True
-    """Keep numbers of images and convolutions channel by channel of a pixel, which convolutions run faster on."""
-    compile: bool = False
-    """Run the model, or what is left of it to run on features, and the optimizer's step through ``torch.compile``."""
-    amp: Amp | None = None
-    """Numbers of matrix products and convolutions under autocast, of fp16 with a scaled loss; None: float32."""
 
 
 @dataclass(frozen=True)
@@ -100,23 +47,6 @@ class Epoch:
     """Fraction of validation images whose label is not the first guess."""
     train_seconds: float
     eval_seconds: float
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Errors of a model on one split, in eval mode; fractions from 0 to 1."""
-
-    top1_error: float
-    top5_error: float | None
-    """None for five classes or fewer."""
-    any_error: float
-    """Fraction of images that do not show the guessed class at all."""
-    average_precision: tuple[float | None, ...]
-    """One a class; None where the split shows none of it. Images whose only such objects are difficult do not count."""
-    largest_error: float
-    """Top-1 error against the class of the largest box, whatever the model was trained on."""
-    first_error: float
-    """The same against the class of the first object."""
 
 
 @dataclass(frozen=True)
@@ -284,7 +214,7 @@ def train_arm(
             trained = time.perf_counter()
             _average_statistics(module, processes)
             logits = predict(module, fed.val, len(val.labels), settings.batch_size, processes)
-            error = _fraction(logits.argmax(1) != val.labels)
+            error = fraction(logits.argmax(1) != val.labels)
             epochs.append(Epoch(number, train_loss, error, trained - started, time.perf_counter() - trained))
             metrics = {
                 "train_loss": train_loss,
@@ -300,7 +230,7 @@ def train_arm(
         answers = predict(fed.module, fed.train, len(train.labels), settings.batch_size, processes)
     computed = torch.tensor([features.computed], device=device)
     processes.sum([computed])
-    train_error = _fraction(answers.argmax(1) != train.labels)
+    train_error = fraction(answers.argmax(1) != train.labels)
     run = Run(
         seed=seed,
         epochs=tuple(epochs),
@@ -394,30 +324,6 @@ def _run_again(found: dict[str, Any]) -> Run:
     return Run(**{**found, "epochs": epochs, "val": val, "predicted": predicted})
 
 
-def make_optimizer(name: OptimizerName, groups: list[dict[str, Any]], *, lr: float) -> torch.optim.Optimizer:
-    """Make the lecture's RMSProp, decay 0.9 and epsilon 1e-10, or an optimizer that torch computes in one kernel.
-
-    Args:
-        name: ``rmsprop-tf1``: as TensorFlow 1 computes it, epsilon inside the root and the mean square starting at one,
-            which warms up over about 100 steps (timm's ``RMSpropTF``); ``rmsprop``: torch's; ``adamw`` and ``sgd``,
-            with momentum 0.9: torch's, fused.
-        groups: Parameter groups.
-        lr: Learning rate of groups that carry none.
-
-    Examples:
-        >>> type(make_optimizer("rmsprop", [{"params": [nn.Parameter(torch.zeros(1))]}], lr=0.1)).__name__
-        'RMSprop'
-    """
-    if name == "rmsprop-tf1":
-        optimizer: torch.optim.Optimizer = timm.optim.RMSpropTF(groups, lr=lr, alpha=0.9, eps=1e-10)
-        return optimizer
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, fused=True)
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
-    return torch.optim.RMSprop(groups, lr=lr, alpha=0.9, eps=1e-10)
-
-
 def batches(count: int, size: int, order: torch.Generator) -> tuple[Tensor, ...]:
     """Shuffle the rows 0 to ``count`` and cut them into parts of at most ``size``, as equal as they can be.
 
@@ -431,94 +337,6 @@ def batches(count: int, size: int, order: torch.Generator) -> tuple[Tensor, ...]
         [3, 3, 3]
     """
     return torch.randperm(count, generator=order).tensor_split(math.ceil(count / size))
-
-
-def predict(
-    module: nn.Module,
-    give: Give,
-    count: int,
-    batch_size: int,
-    processes: Processes = Processes(),  # noqa: B008  # frozen
-) -> Tensor:
-    """Return a model's answers to every row of a split, in eval mode, without gradients.
-
-    The model is left in eval mode. What is not a number becomes zero: a model that blew up names one class.
-
-    Args:
-        module: The model, or what is left of it to run on features.
-        give: Rows to what the model gets for them.
-        count: Number of rows.
-        batch_size: Rows a pass.
-        processes: Those that share the rows; each gets all answers.
-
-    Returns:
-        float32 logits, (N, classes), on the device of the images.
-    """
-    module.eval()
-    mine = processes.share(torch.arange(count))
-    with torch.no_grad():
-        found = torch.cat([module(give(rows)).float() for rows in torch.split(mine, batch_size)]).nan_to_num(nan=0.0)
-    logits = found.new_zeros(count, found.shape[1])
-    logits[mine.to(found.device)] = found
-    processes.sum([logits])
-    return logits
-
-
-def measure(logits: Tensor, split: Split) -> Measured:
-    """Compare answers with what is on the images.
-
-    Args:
-        logits: (N, classes).
-        split: The images they answer, N of them.
-
-    Returns:
-        Errors, and the average precision of each class by its softmax probability (torchmetrics; the area under the
-        precision-recall steps, without VOC's smoothing).
-
-    Examples:
-        >>> images = torch.zeros(2, 3, 1, 1)
-        >>> labels = {"largest": torch.tensor([0, 1]), "first": torch.tensor([0, 0])}
-        >>> split = Split(images, labels, torch.tensor([[1, 1], [1, 1]]), rule="largest")
-        >>> measured = measure(torch.tensor([[2.0, 1.0], [2.0, 1.0]]), split)
-        >>> measured.top1_error, measured.top5_error, measured.first_error, measured.any_error
-        (0.5, None, 0.0, 0.0)
-    """
-    guesses = logits.topk(min(5, logits.shape[1])).indices
-    right = guesses == split.labels[:, None]
-    shown = split.present.gather(1, guesses[:, :1]) != 0
-    return Measured(
-        top1_error=_fraction(~right[:, 0]),
-        top5_error=_fraction(~right.any(1)) if logits.shape[1] > 5 else None,
-        any_error=_fraction(~shown),
-        average_precision=_average_precision(logits.softmax(1), split.present),
-        largest_error=_fraction(guesses[:, 0] != split.by_rule["largest"]),
-        first_error=_fraction(guesses[:, 0] != split.by_rule["first"]),
-    )
-
-
-def commonest_error(labels: Tensor) -> float:
-    """Return the error of always naming the commonest of these classes.
-
-    Examples:
-        >>> commonest_error(torch.tensor([0, 0, 0, 1]))
-        0.25
-    """
-    return 1 - int(labels.bincount().max()) / len(labels)
-
-
-def _average_precision(scores: Tensor, present: Tensor) -> tuple[float | None, ...]:
-    from torchmetrics.functional.classification import binary_average_precision  # an extra, and slow to import
-
-    found = []
-    for score, shown in zip(scores.T, present.T, strict=True):
-        counts = shown >= 0
-        any_shown = bool((shown == 1).any())
-        found.append(float(binary_average_precision(score[counts], shown[counts])) if any_shown else None)
-    return tuple(found)
-
-
-def _fraction(wrong: Tensor) -> float:
-    return int(wrong.sum()) / len(wrong)
 
 
 def _check_shares(data: tuple[Split, Split], settings: Settings, processes: Processes) -> None:

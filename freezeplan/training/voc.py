@@ -22,10 +22,9 @@ from torch import Tensor
 
 from freezeplan.errors import DataError, Problem
 from freezeplan.training.archive import Files, open_files
+from freezeplan.training.settings import LabelRule, Resize
 
-LabelRule = Literal["largest", "first"]
 SplitName = Literal["train", "val"]
-Resize = Literal["squash", "center-crop"]
 
 LISTS = ("ImageSets/Main/train.txt", "ImageSets/Main/val.txt")
 LARGEST_TEXT, MOST_CLASSES, WIDEST = 16 * 2**20, 10_000, 1_000_000

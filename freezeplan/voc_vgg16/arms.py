@@ -14,7 +14,8 @@ from freezeplan import Plan, load_plan
 from freezeplan.errors import PlanError, did_you_mean
 from freezeplan.training.checkpoint import Checkpoints
 from freezeplan.training.processes import Processes
-from freezeplan.training.train import Progress, Run, Settings, train_arm
+from freezeplan.training.settings import Settings
+from freezeplan.training.train import Progress, Run, train_arm
 from freezeplan.training.voc import VocData, load_split
 from freezeplan.voc_vgg16.weights import build
 

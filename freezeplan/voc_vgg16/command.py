@@ -21,10 +21,11 @@ from freezeplan.errors import FreezePlanError, MissingExtraError
 from freezeplan.model.source import load_model
 from freezeplan.report import terminal
 from freezeplan.training.checkpoint import FOLDER, open_checkpoints
-from freezeplan.training.pixels import MEAN, STD, Augment, Normalise, normalisation
+from freezeplan.training.optimizers import CONSTANTS
+from freezeplan.training.pixels import MEAN, STD, normalisation
 from freezeplan.training.processes import beside, join
-from freezeplan.training.train import CONSTANTS, Amp, Flatten, OptimizerName, Settings
-from freezeplan.training.voc import LabelRule, Resize, read_voc
+from freezeplan.training.settings import Amp, Augment, Flatten, LabelRule, Normalise, OptimizerName, Resize, Settings
+from freezeplan.training.voc import read_voc
 from freezeplan.training.weights import weights_title
 from freezeplan.voc_vgg16.arms import ARMS, load_arms, run
 from freezeplan.voc_vgg16.download import VOC2012, check_counts, default_folder, lists_of, looks_like

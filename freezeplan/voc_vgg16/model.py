@@ -15,7 +15,7 @@ from timm.models import VGG, build_model_with_cfg, generate_default_cfgs, regist
 from torch import nn
 
 from freezeplan.errors import ModelError
-from freezeplan.training.train import Flatten
+from freezeplan.training.settings import Flatten
 
 """Order of a flattened feature map: channel by channel, or pixel by pixel as TensorFlow has it."""
 HIDDEN = 256

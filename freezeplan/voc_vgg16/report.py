@@ -21,7 +21,7 @@ from freezeplan.model import describer
 from freezeplan.plan.load import load_plan
 from freezeplan.report.picture import draw
 from freezeplan.resolve.resolver import resolve
-from freezeplan.training.train import Settings
+from freezeplan.training.settings import Settings
 from freezeplan.training.voc import FORMATS
 from freezeplan.voc_vgg16 import statistics
 from freezeplan.voc_vgg16.arms import ARMS, PUBLISHED

@@ -22,7 +22,8 @@ import freezeplan
 from freezeplan.atomic import flush, whole_file
 from freezeplan.errors import OutputError
 from freezeplan.model import describer
-from freezeplan.training.train import Run, Settings
+from freezeplan.training.settings import Settings
+from freezeplan.training.train import Run
 from freezeplan.training.voc import VocData
 from freezeplan.voc_vgg16.arms import PUBLISHED, SOURCE, Outcome
 from freezeplan.voc_vgg16.statistics import ERRORS, arm_of, pairs

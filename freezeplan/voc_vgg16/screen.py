@@ -26,7 +26,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from freezeplan.training.train import Epoch, Run, Settings
+from freezeplan.training.settings import Settings
+from freezeplan.training.train import Epoch, Run
 from freezeplan.voc_vgg16.arms import PUBLISHED, SOURCE
 
 NOT_LEARNED = "did not learn"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from freezeplan.training import weights as any_model
 from freezeplan.training.pixels import MEAN, STD
-from freezeplan.training.train import Flatten
+from freezeplan.training.settings import Flatten
 from freezeplan.training.weights import Base
 from freezeplan.voc_vgg16 import model as _registered  # noqa: F401  # timm knows the lecture's VGG16 from then on
 from freezeplan.voc_vgg16.npy import read_npy

@@ -19,7 +19,8 @@ from torch import Tensor, distributed, multiprocessing, nn
 from freezeplan.errors import FreezePlanError, ModelError
 from freezeplan.training import processes
 from freezeplan.training.processes import Processes, join
-from freezeplan.training.train import Epoch, Run, Settings, train_arm
+from freezeplan.training.settings import Settings
+from freezeplan.training.train import Epoch, Run, train_arm
 from freezeplan.training.voc import Split
 from freezeplan.voc_vgg16.arms import load_arms
 from freezeplan.voc_vgg16.weights import build

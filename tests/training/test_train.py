@@ -20,18 +20,11 @@ from freezeplan import FreezePlanWarning, Plan, load_plan
 from freezeplan.errors import ModelError, WeightsError
 from freezeplan.model.describer import create_model
 from freezeplan.training.checkpoint import Checkpoint
-from freezeplan.training.pixels import Normalise, Pixels, draw, moved
-from freezeplan.training.train import (
-    Amp,
-    Epoch,
-    OptimizerName,
-    Run,
-    Settings,
-    batches,
-    make_optimizer,
-    measure,
-    train_arm,
-)
+from freezeplan.training.measures import measure
+from freezeplan.training.optimizers import make_optimizer
+from freezeplan.training.pixels import Pixels, draw, moved
+from freezeplan.training.settings import Amp, Normalise, OptimizerName, Settings
+from freezeplan.training.train import Epoch, Run, batches, train_arm
 from freezeplan.training.voc import Split
 from freezeplan.training.weights import load_into
 from freezeplan.voc_vgg16.arms import load_arms

@@ -22,7 +22,9 @@ from PIL import Image
 
 from freezeplan.errors import DataError, OutputError
 from freezeplan.training.archive import open_files
-from freezeplan.training.train import Epoch, Measured, Run, Settings
+from freezeplan.training.measures import Measured
+from freezeplan.training.settings import Settings
+from freezeplan.training.train import Epoch, Run
 from freezeplan.training.voc import VocData
 from freezeplan.voc_vgg16.arms import Outcome, load_arms
 from freezeplan.voc_vgg16.command import report, voc_vgg16

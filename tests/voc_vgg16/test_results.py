@@ -15,7 +15,9 @@ import pytest
 from PIL import Image
 
 from freezeplan.errors import OutputError
-from freezeplan.training.train import Epoch, Measured, Run, Settings
+from freezeplan.training.measures import Measured
+from freezeplan.training.settings import Settings
+from freezeplan.training.train import Epoch, Run
 from freezeplan.training.voc import VocData
 from freezeplan.voc_vgg16.arms import ARMS, Outcome, load_arms
 from freezeplan.voc_vgg16.results import FILES, check_free, summarise, to_csv, to_png, to_summary, write_results

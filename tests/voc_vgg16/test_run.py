@@ -26,7 +26,8 @@ from freezeplan import cli, load_plan
 from freezeplan.cli import run as run_commands
 from freezeplan.errors import DataError, FreezePlanError, ModelError, OutputError, PlanError
 from freezeplan.model.describer import create_model
-from freezeplan.training.train import Run, Settings
+from freezeplan.training.settings import Settings
+from freezeplan.training.train import Run
 from freezeplan.training.voc import load_split, read_voc
 from freezeplan.voc_vgg16 import arms, command
 from freezeplan.voc_vgg16.arms import ARMS
