@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,8 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from freezeplan.errors import FreezePlanError
 
@@ -57,6 +59,18 @@ class Processes:
             distributed.all_reduce(flat)
         for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+    def shared(self, module: nn.Module) -> nn.Module:
+        """Return a module that gives the same, and whose gradients are means over all processes after a backward pass.
+
+        That is torch's DistributedDataParallel. Its parameters are the module's own. Buffers are not exchanged. Drop it
+        before another one is made of the same parameters.
+        """
+        if self.count == 1:
+            return module
+        gc.collect()  # one that was dropped is freed now, and its hooks with it
+        with _explained():
+            return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
 
     def agreed(self, value: T) -> T:
         """Return what the first process gave, in all of them."""

@@ -117,9 +117,9 @@ def train_arm(
         progress: Is told of every step and epoch.
         checkpoint: Where the state after each epoch is kept, and found again: on the CPU a run that was stopped at
             any moment and goes on gives the same bits as one that was not.
-        processes: Those that share each batch. Their gradients are summed, so a model without batch norm learns what
-            one process would teach it, up to the order of summation; statistics of batch norm are of each process's
-            share, and averaged before validation.
+        processes: Those that share each batch, by DistributedDataParallel. A model without batch norm learns what one
+            process would teach it, up to the order of summation; statistics of batch norm are of each process's share,
+            and averaged before validation.
 
     Returns:
         The arm's figures.
@@ -156,6 +156,7 @@ def train_arm(
             Pixels(model, split, normalise=settings.normalise, channels_last=settings.channels_last) for split in data
         ]
         fed, feeding, features = None, 0.0, _Features()
+        shared: nn.Module | None = None
 
         def give() -> Feed:
             nonlocal feeding, features
@@ -186,9 +187,11 @@ def train_arm(
         for epoch in epochs:
             progress.epoch(epoch)
         for number in range(len(epochs) + 1, settings.epochs + 1):
-            # Nothing wraps the model: gradients are summed here, of whatever has one.
             if applied.step(epoch=number - 1, metrics=metrics, rewrap=True) or fed is None:
+                shared = None  # of the phase before: it would still sum gradients
                 fed = give()
+                shared = processes.shared(fed.module)
+            assert shared is not None
             module = fed.module
             features = replace(features, epochs=features.epochs + fed.kept)
             started = time.perf_counter()
@@ -201,12 +204,13 @@ def train_arm(
                 mine = processes.share(rows)
                 with _explained(settings):
                     images = fed.train(mine, None if moving is None else processes.share(moving))
-                    loss = F.cross_entropy(module(images), train.labels[mine.to(device)])
-                    loss = loss * (len(mine) / len(rows))
+                    loss = F.cross_entropy(shared(images), train.labels[mine.to(device)])
                     optimizer.zero_grad()
-                    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-                loss = loss.detach()
-                processes.sum([*(p.grad for p in trainable if p.grad is not None), loss])
+                    # The mean over the processes of these gradients is the gradient of the whole batch's mean loss.
+                    weighted = loss * (len(mine) * processes.count / len(rows))
+                    scaler.scale(weighted).backward()  # type: ignore[no-untyped-call]
+                loss = loss.detach() * (len(mine) / len(rows))
+                processes.sum([loss])
                 _step(optimizer, schedule, scaler, trainable, settings.clip)
                 total += loss * len(rows)
                 progress.batch(len(rows), loss)

@@ -29,6 +29,7 @@ from torch import Tensor
 from freezeplan.training.settings import Settings
 from freezeplan.training.train import Epoch, Run
 from freezeplan.voc_vgg16.arms import PUBLISHED, SOURCE
+from freezeplan.voc_vgg16.statistics import rates_too_high
 
 NOT_LEARNED = "did not learn"
 QUIET = 30.0
@@ -267,6 +268,8 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
     ):
         console.print(Text(line, "dim"))
     console.print(Text(f"published: {SOURCE}", "cyan"))
+    for line in rates_too_high(results):
+        console.print(Text(f"{line}; try a lower --lr or a larger --batch-size", "yellow"))
     for arm, found in results["arms"].items():
         if not found["learned"]:
             reason = "its training error is no better than that of naming the commonest class"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -108,6 +109,47 @@ def pairs(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def rates_too_high(results: Mapping[str, Any]) -> list[str]:
+    """Return a line for each arm that unlearns: fine-tuning that fits its training images worse than a frozen backbone.
+
+    That is an arm whose training error and last training loss are above those of ``frozen_convs`` in every seed that
+    both have, or whose training loss is not below its first one. ``scratch`` starts from nothing and is not compared.
+
+    Examples:
+        >>> def arm(error, *losses):
+        ...     epochs = [{"train_loss": loss} for loss in losses]
+        ...     return {"train_error": error, "runs": [{"seed": 0, "train_error": error, "epochs": epochs}]}
+        >>> rates_too_high({"arms": {"frozen_convs": arm(0.02, 1.0, 0.1), "same_lr": arm(0.35, 1.5, 0.9)}})
+        ["same_lr: training error 35.0 %, above frozen_convs' 2.0 %: its rate is probably too high"]
+    """
+    arms = results["arms"]
+    frozen = {run["seed"]: run for run in arms.get("frozen_convs", {"runs": []})["runs"]}
+    lines = []
+    for name, found in arms.items():
+        if name in ("scratch", "frozen_convs"):
+            continue
+        both = [(run, frozen[run["seed"]]) for run in found["runs"] if run["seed"] in frozen]
+        if both and all(_fits_worse(run, other) for run, other in both):
+            own, other = (100 * fmean(run["train_error"] for run in side) for side in zip(*both, strict=True))
+            why = f"training error {own:.1f} %, above frozen_convs' {other:.1f} %"
+        elif all(len(run["epochs"]) > 1 and not _loss(run, -1) < _loss(run, 0) for run in found["runs"]):
+            why = "its training loss is not below that of its first epoch"
+        else:
+            continue
+        lines.append(f"{name}: {why}: its rate is probably too high")
+    return lines
+
+
+def _fits_worse(run: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return bool(run["train_error"] > other["train_error"] and not _loss(run, -1) <= _loss(other, -1))
+
+
+def _loss(run: Mapping[str, Any], epoch: int) -> float:
+    """The training loss of an epoch; infinite where it was not finite."""
+    loss = run["epochs"][epoch]["train_loss"]
+    return math.inf if loss is None else float(loss)
 
 
 def confusion(results: Mapping[str, Any], arm: str) -> list[list[int]]:

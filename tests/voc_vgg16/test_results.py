@@ -21,6 +21,7 @@ from freezeplan.training.train import Epoch, Run
 from freezeplan.training.voc import VocData
 from freezeplan.voc_vgg16.arms import ARMS, Outcome, load_arms
 from freezeplan.voc_vgg16.results import FILES, check_free, summarise, to_csv, to_png, to_summary, write_results
+from freezeplan.voc_vgg16.statistics import rates_too_high
 
 SETTINGS = Settings(epochs=2, batch_size=8, image_size=16)
 ASKED = {"data": "toy.tar", "download": False, "weights": "random", "plans": [], "processes": 1}
@@ -224,3 +225,37 @@ def test_a_full_disk_keeps_the_results_of_before(tmp_path: Path, monkeypatch: py
         write_results(tmp_path, results(scratch=(run(0, 0.9),)))
 
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def arm(errors: list[float], last: float | None, first: float = 2.0) -> dict[str, Any]:
+    runs = [
+        {"seed": seed, "train_error": error, "epochs": [{"train_loss": first}, {"train_loss": last}]}
+        for seed, error in enumerate(errors)
+    ]
+    return {"runs": runs}
+
+
+TOO_HIGH = "its rate is probably too high"
+ABOVE = f"training error {{}} %, above frozen_convs' 2.0 %: {TOO_HIGH}"
+NOT_FALLING = f"its training loss is not below that of its first epoch: {TOO_HIGH}"
+ARMS_AND_LINES = [
+    pytest.param({"low": arm([0.35], 0.9)}, [f"low: {ABOVE.format(35.0)}"], id="above"),
+    pytest.param({"low": arm([0.01], 0.05)}, [], id="below"),
+    pytest.param({"low": arm([0.021], 0.05)}, [], id="an-image-more-and-a-lower-loss"),
+    pytest.param({"low": arm([0.35, 0.01], 0.9)}, [], id="one-seed-of-two"),
+    pytest.param({"low": arm([0.35, 0.25], 0.9)}, [f"low: {ABOVE.format(30.0)}"], id="both-seeds"),
+    pytest.param({"scratch": arm([0.9], 2.9)}, [], id="scratch"),
+    pytest.param({"own": arm([0.01], 2.5)}, [f"own: {NOT_FALLING}"], id="not-falling"),
+    pytest.param({"own": arm([0.01], None)}, [f"own: {NOT_FALLING}"], id="not-finite"),
+]
+
+
+@pytest.mark.parametrize(("arms", "lines"), ARMS_AND_LINES)
+def test_an_arm_that_unlearns_is_named(arms: dict[str, Any], lines: list[str]) -> None:
+    found = rates_too_high({"arms": {"frozen_convs": arm([0.02, 0.02], 0.1), **arms}})
+
+    assert found == lines
+
+
+def test_without_a_frozen_arm_nothing_is_compared() -> None:
+    assert rates_too_high({"arms": {"same_lr": arm([0.9], 0.9)}}) == []
