@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import re
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -71,6 +72,20 @@ class Processes:
         gc.collect()  # one that was dropped is freed now, and its hooks with it
         with _explained():
             return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
+
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """Say what it means that gradients cannot be exchanged during a backward pass.
+
+        Raises:
+            FreezePlanError: If another process has ended.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count > 1 and re.search("gloo|nccl|connection (closed|reset)", str(error), re.IGNORECASE):
+                raise FreezePlanError("another process of this run has ended", notes=_NOTES) from error
+            raise
 
     def agreed(self, value: T) -> T:
         """Return what the first process gave, in all of them."""

@@ -202,7 +202,7 @@ def train_arm(
             for rows in batches(len(train.labels), settings.batch_size, order):
                 moving = draw(settings.augment, len(rows), train.images.shape[-1], moves)
                 mine = processes.share(rows)
-                with _explained(settings):
+                with processes.exchanging(), _explained(settings):
                     images = fed.train(mine, None if moving is None else processes.share(moving))
                     loss = F.cross_entropy(shared(images), train.labels[mine.to(device)])
                     optimizer.zero_grad()
