@@ -336,7 +336,7 @@ FAULTS = (
     Fault("`requires_grad` of a trained tensor set to False", stop, "set to requires_grad=False by other code"),
     Fault("a gradient of zeros left on a frozen tensor", leave_a_gradient, "left with a gradient by other code"),
     Fault("`.training` set by hand", train_by_hand, "put in train by hand"),
-    Fault("`convert_sync_batchnorm` after applying", sync_batchnorm, "without the pin", models=WITH_NORM),
+    Fault("`convert_sync_batchnorm` after applying", sync_batchnorm, "no longer held in eval", models=WITH_NORM),
     Fault("the same weights loaded with `assign=True`", assign_same, "replaced after the optimizer was made"),
     Fault("`fully_shard` after the optimizer", fully_sharded, "replaced after the optimizer was made"),
     Fault(

@@ -138,7 +138,7 @@ class AppliedPlan:
         rewrap: bool = False,
         find_unused: bool = False,
     ) -> bool:
-        """Say which epoch comes next; call it before every epoch. A new phase sets flags, gradients and pins.
+        """Say which epoch comes next; call it before every epoch. A new phase sets flags, gradients and modes.
 
         Optimizer groups stay as they are, and the state of what is frozen again is kept.
 
@@ -245,10 +245,10 @@ class AppliedPlan:
 
         Raises:
             ApplyError: With all problems at once. Of the model: parameters lost, added, reshaped; ``requires_grad``
-                set, a gradient left, ``.training`` set or a pin lost by other code; reentrant checkpointing behind a
-                frozen prefix. Of the optimizers: trained parameters that they miss or hold in an outdated form, frozen
-                ones that they hold, nothing to train, rates that a scheduler flattened (it is named, with the arguments
-                that would be right) or that are multiplied twice.
+                set, a gradient left, ``.training`` set, or a module no longer held in eval, by other code; reentrant
+                checkpointing behind a frozen prefix. Of the optimizers: trained parameters that they miss or hold in an
+                outdated form, frozen ones that they hold, nothing to train, rates that a scheduler flattened (it is
+                named, with the arguments that would be right) or that are multiplied twice.
 
         Examples:
             >>> from freezeplan import apply_plan
@@ -472,7 +472,7 @@ class AppliedPlan:
         return found, run
 
     def undo(self) -> None:
-        """Give the model back its flags and modes, take the pins away, clear gradients. Values stay. Twice is once."""
+        """Give the model back its flags and modes, and clear gradients. Values stay. Twice is once."""
         if applied(self.model) is self:
             self._guard.remove()
             self._unseal()

@@ -1,4 +1,4 @@
-"""Resolution -> flags, modes, pins and optimizer groups of a model: plain functions, the only ones that change it.
+"""Resolution -> flags, modes and optimizer groups of a model: plain functions, the only ones that change it.
 
 Frozen means the same function: parameters *and* buffers are bit-identical afterwards, whatever loop runs. No module is
 swapped and no hook is registered: hooks on a subtree are passed by when a model calls its parts in another way
@@ -24,7 +24,7 @@ from freezeplan.resolve.resolution import Group, Resolution
 Scheduler = Literal["torch", "timm", "any"]
 
 
-class Pin:
+class StayInEval:
     """What stands in for ``train`` on a module that must stay in eval.
 
     It empties timm's caches of derived values, as timm's own ``train`` does, and it can be copied and pickled together
@@ -36,11 +36,11 @@ class Pin:
     def __init__(self, module: nn.Module, whole: bool):
         self.module = module
         self.own = module.__dict__.get("train")
-        """The ``train`` that other code gave this very module, which stands there again when the pin goes; or None."""
+        """The ``train`` that other code gave this very module, put back when this is taken away; or None."""
         self.whole = whole
         """Whether everything below stays in eval too; otherwise the mode is passed on."""
         self.asked = module.training
-        """The mode that was asked for last, and that the module gets when the pin goes."""
+        """The mode that was asked for last, and that the module gets when this is taken away."""
 
     def __call__(self, mode: bool = True) -> nn.Module:
         """Set the modes of the module and of what is below, as ``nn.Module.train`` would, and stay in eval."""
@@ -100,10 +100,10 @@ class Before:
 
 
 def enter(live: names.Live, part: Resolution) -> None:
-    """Put a model into one phase: flags, gradients and pins. What was pinned and is not gets its mode back."""
+    """Put a model into one phase: flags, gradients and modes. A module that was held in eval gets its mode back."""
     set_flags(live, part)
-    unpin(live)
-    pin(live, part)
+    let_go(live)
+    hold_in_eval(live, part)
 
 
 def remember(live: names.Live) -> Before:
@@ -115,11 +115,11 @@ def remember(live: names.Live) -> Before:
 
 
 def restore(live: names.Live, before: Before) -> None:
-    """Set flags and modes as they were, take pins away and clear gradients. Values stay as they are.
+    """Set flags and modes as they were and clear gradients. Values stay as they are.
 
     What was added to the model in the meantime keeps its own flags.
     """
-    unpin(live)
+    let_go(live)
     for name, parameters in live.parameters.items():
         for parameter, flag in zip(parameters, before.requires_grad.get(name, ()), strict=False):
             parameter.requires_grad_(flag)
@@ -144,10 +144,10 @@ def set_flags(live: names.Live, resolution: Resolution) -> None:
                 parameter.grad = None
 
 
-def pin(live: names.Live, resolution: Resolution) -> None:
+def hold_in_eval(live: names.Live, resolution: Resolution) -> None:
     """Put what the resolution holds in eval there, so that ``model.train()`` leaves it there.
 
-    Each largest subtree that is all in eval gets one pin; a module in eval above others in train gets one for itself.
+    Each largest subtree that is all in eval gets one ``StayInEval``; a module above others in train gets its own.
     """
     modes = resolution.modes
     held = {id(module) for name, found in live.modules.items() if modes[name] == "eval" for module in found}
@@ -162,36 +162,36 @@ def pin(live: names.Live, resolution: Resolution) -> None:
         seen.add(id(module))
         whole = id(module) not in mixed
         if whole or id(module) in held:
-            _set_pin(module, whole)
+            _hold(module, whole)
         if not whole:
             ahead += (child for child in module._modules.values() if child is not None and id(child) not in seen)
 
 
-def _set_pin(module: nn.Module, whole: bool) -> None:
-    found = Pin(module, whole)
+def _hold(module: nn.Module, whole: bool) -> None:
+    found = StayInEval(module, whole)
     module.__dict__["train"] = found
     if whole:
         found(module.training)
-    else:  # this module alone: the modes below are not this pin's business
+    else:  # this module alone: the modes below are not changed here
         module.training = False
         empty_cache(module)
 
 
 def pinned(model: nn.Module) -> set[int]:
-    """Return the ``id`` of every module that a pin holds in eval, its own or one above it."""
+    """Return the ``id`` of every module that is held in eval, its own or one above it."""
     found: set[int] = set()
     for module in model.modules():
-        pin_here = module.__dict__.get("train")
-        if isinstance(pin_here, Pin):
-            found |= {id(part) for part in (module.modules() if pin_here.whole else (module,))}
+        here = module.__dict__.get("train")
+        if isinstance(here, StayInEval):
+            found |= {id(part) for part in (module.modules() if here.whole else (module,))}
     return found
 
 
-def unpin(live: names.Live) -> None:
-    """Take every pin away; what was pinned gets the mode that was last asked for."""
+def let_go(live: names.Live) -> None:
+    """Let every module go that was held in eval; it gets the mode that was last asked for."""
     for _, module in live.walked:
         found = module.__dict__.get("train")
-        if isinstance(found, Pin):
+        if isinstance(found, StayInEval):
             if found.own is None:
                 del module.__dict__["train"]
             else:

@@ -22,7 +22,7 @@ from freezeplan.resolve.resolution import Resolution
 
 
 class Cut(NamedTuple):
-    """A phase, and what of a pass can be memoised in it."""
+    """A phase, and what of a pass can be cached in it."""
 
     part: Resolution
     prefix: Prefix
@@ -41,7 +41,7 @@ class Cuts:
 
 
 def prefix_of(model: nn.Module, sample: torch.Tensor) -> Prefix:
-    """Say what of a pass can be memoised as the model is now; see ``AppliedPlan.prefix``."""
+    """Say what of a pass can be cached as the model is now; see ``AppliedPlan.prefix``."""
     return watch(model, sample, {module.name: module.random for module in describer.describe(model).modules})
 
 
@@ -55,7 +55,7 @@ def find_cuts(model: nn.Module, resolution: Resolution, index: int, sample: torc
         sample: A batch of at least two images, (N, C, H, W), on the model's device.
 
     Raises:
-        ApplyError: If nothing can be memoised, or the pass over features is not the plain one.
+        ApplyError: If nothing can be cached, or the pass over features is not the plain one.
 
     Warns:
         FreezePlanWarning: Where keeping gains little.

@@ -1,4 +1,4 @@
-"""Passes in which memoised calls are not run: they give what was kept of them. And the proof that nothing changes."""
+"""Run the model with cached outputs in place of its frozen layers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Rest(nn.Module):
             features: (N, E), as ``capture`` or a dataset of features gives them.
 
         Raises:
-            ApplyError: If a parameter of the memoised part is trained now, or these are no features of it.
+            ApplyError: If a parameter of the cached part is trained now, or these are no features of it.
         """
         elements = self._prefix.elements
         if features.ndim != 2 or features.shape[1] != elements:
@@ -78,14 +78,14 @@ class Rest(nn.Module):
 
 
 def _parts(model: nn.Module, prefix: Prefix) -> dict[str, list[nn.Module]]:
-    memoised = {call.module for call in prefix.calls}
-    return {name: found for name, found in names.modules(model).items() if name in memoised}
+    cached = {call.module for call in prefix.calls}
+    return {name: found for name, found in names.modules(model).items() if name in cached}
 
 
 def _answering(
     parts: dict[str, list[nn.Module]], prefix: Prefix, features: Tensor
 ) -> contextlib.AbstractContextManager[None]:
-    """Let memoised calls give what was kept of them."""
+    """Let cached calls give their stored outputs."""
     answers = dict(_unpacked(prefix, features))
     name = {id(module): n for n, found in parts.items() for module in found}
     counts = dict.fromkeys(parts, 0)  # no Counter: torch.compile knows none
@@ -114,7 +114,7 @@ def _adopt(target: nn.Module, source: nn.Module) -> None:
 
 
 def _unpacked(prefix: Prefix, features: Tensor) -> Iterator[tuple[tuple[str, int], Any]]:
-    """Every memoised call's answer: what was kept, and what takes no memory where nobody reads it."""
+    """Every cached call's answer: its stored outputs, and zeros without memory for outputs that nobody reads."""
     at, images = 0, len(features)
     for call in prefix.calls:
         found = []
@@ -152,7 +152,7 @@ def capture(model: nn.Module, prefixes: Sequence[Prefix], given: Tensor, earlier
         model: As it was watched. It is not changed.
         prefixes: What ``watch`` found; several, of several phases, cost one pass.
         given: Images, (N, C, H, W), on the model's device; or features of them, (N, E), from which the pass goes on.
-        earlier: What was found on the model where these features were kept; all of it is memoised in ``prefixes`` too.
+        earlier: What was found on the model where these features were kept; all of it is cached in ``prefixes`` too.
 
     Returns:
         For each prefix the features, (N, E), on that device.
@@ -197,7 +197,7 @@ def leads(model: nn.Module, earlier: Prefix, prefixes: Sequence[Prefix], images:
 
 @contextlib.contextmanager
 def channels_last(model: nn.Module, prefixes: Sequence[Prefix], sample: Tensor) -> Iterator[None]:
-    """Let the convolutions of memoised calls lie channels-last, which their kernels are faster on.
+    """Let the convolutions of cached calls lie channels-last, which their kernels are faster on.
 
     A model whose own code wants its axes as they were (``view`` after a convolution) is left as it is. Afterwards every
     weight lies as before.
@@ -208,9 +208,9 @@ def channels_last(model: nn.Module, prefixes: Sequence[Prefix], sample: Tensor) 
         sample: Some images, (N, C, H, W), to try it on.
     """
     live = names.modules(model)
-    memoised = [module for prefix in prefixes for call in prefix.calls for module in live[call.module]]
+    cached = [module for prefix in prefixes for call in prefix.calls for module in live[call.module]]
     before: dict[nn.Parameter, Tensor] = {}
-    for part in (part for module in memoised for part in module.modules()):
+    for part in (part for module in cached for part in module.modules()):
         weight = part._parameters.get("weight") if isinstance(part, nn.modules.conv._ConvNd) else None
         if weight is not None and weight.ndim == 4 and not weight.requires_grad and not is_sharded(weight):
             before[weight] = weight.data

@@ -94,7 +94,7 @@ def _same(one: Tensor | None, two: Tensor | None) -> bool:
 def _first_difference(model: nn.Module, rest: Rest, prefix: Prefix, images: Tensor, features: Tensor) -> str:
     """Name of the first module that both passes run and that answers differently."""
     name = named(model)
-    memoised = {call.module for call in prefix.calls}
+    cached = {call.module for call in prefix.calls}
     seen: list[list[tuple[str, list[Tensor]]]] = []
 
     def around(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -102,7 +102,7 @@ def _first_difference(model: nn.Module, rest: Rest, prefix: Prefix, images: Tens
         seen[-1].append((name[id(module)], [tensor.detach().clone() for tensor in tensors(answer)]))
         return answer
 
-    live = [m for m in model.modules() if id(m) in name and not _below(name[id(m)], memoised)]
+    live = [m for m in model.modules() if id(m) in name and not _below(name[id(m)], cached)]
     for run, given in ((model, images), (rest, features)):
         torch.manual_seed(0)
         seen.append([])

@@ -116,7 +116,7 @@ def _modes(model: nn.Module, part: Resolution) -> Iterator[Problem]:
     loose = [name for name, found in held.items() if any(id(module) not in pinned for module in found)]
     if loose:
         yield Problem(
-            f"{_count(loose, 'module', _IS)} without the pin that holds them in eval",
+            f"{_count(loose, 'module', _IS)} no longer held in eval",
             notes=(
                 "replaced after the plan was applied, by convert_sync_batchnorm for one; apply the plan after that",
             ),

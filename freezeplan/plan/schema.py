@@ -60,7 +60,7 @@ class Rate(_Data):
     """
 
     frozen: Frozen | None = None
-    """True: no gradient, in no optimizer group, statistics and randomness stand still."""
+    """True: no gradient, in no optimizer group, batch-norm statistics are not updated, dropout is off."""
     lr_mult: Multiplier | None = None
     """Multiplies the base learning rate; greater than 0, dimensionless."""
 
@@ -98,7 +98,8 @@ class Rule(_Data):
     """Depth: 0 is the stem, stages count from 1, -1 is the last one, in each timm model by itself; an integer or a
     range with both ends included: ``2``, ``1..3``, ``..2``, ``3..``. A list means any of them."""
     frozen: Frozen | None = None
-    """True: no gradient, in no optimizer group, statistics and randomness stand still. Not together with lr_mult."""
+    """True: no gradient, in no optimizer group, batch-norm statistics are not updated, dropout is off. Not together
+    with lr_mult."""
     lr_mult: Multiplier | None = None
     """Multiplies the base learning rate; greater than 0, dimensionless. To freeze, say ``frozen: true``."""
     wd_mult: Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] | None = None

@@ -15,7 +15,7 @@ from freezeplan.model.sharded import whole
 
 _ROUNDING = 1e-4
 """Change, relative to the largest value, up to which it is called rounding: an average (decay 0.9999) of a weight that
-stands still stays within 6e-4 of one float32 epsilon a step, and is mostly far below it."""
+does not change stays within 6e-4 of one float32 epsilon a step, and is mostly far below it."""
 
 
 def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""Proof that a freeze held: digests of what must stand still, and what moved. Reads a model, never changes it."""
+"""Proof that a freeze held: digests of what must not change, and what moved. Reads a model, never changes it."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Loads:
 
 @dataclass(frozen=True)
 class Seal:
-    """Digests (sha256) of what stands still, by name, and copies where they were asked for."""
+    """Digests (sha256) of what is frozen, by name, and copies where they were asked for."""
 
     digests: Mapping[str, str]
     places: Mapping[str, tuple[Place, ...]]

@@ -22,7 +22,7 @@ class Decided:
     """The plan of the phase: its rules, then the plan's."""
     selections: tuple[Selection, ...]
     """What each rule selects."""
-    winners: Mapping[str, Mapping[str, int]]
+    decided_by: Mapping[str, Mapping[str, int]]
     """Setting -> tensor -> index of the rule that decides it."""
     rates: Mapping[str, tuple[bool, float | None] | None]
     """Tensor -> (frozen, lr_mult), as the rule or the plan's default says; None where neither does."""
@@ -54,7 +54,7 @@ def decide(plan: Plan, model: Description) -> Decided:
         {'fc.weight': (True, None), 'fc.bias': (False, 2.0)}
     """
     selections = tuple(_select(plan, index, model) for index in range(len(plan.rules)))
-    winners = {
+    decided_by = {
         setting: _first(
             selection.tensors if setting in rule.settings else ()
             for rule, selection in zip(plan.rules, selections, strict=True)
@@ -66,10 +66,10 @@ def decide(plan: Plan, model: Description) -> Decided:
     return Decided(
         plan=plan,
         selections=selections,
-        winners=winners,
-        rates={tensor.name: said[winners["rate"].get(tensor.name)] for tensor in model.tensors},
-        modes=dict(_modes(plan, model, winners["mode"], module_rules)),
-        uses=tuple(_uses(plan, model, selections, winners, module_rules)),
+        decided_by=decided_by,
+        rates={tensor.name: said[decided_by["rate"].get(tensor.name)] for tensor in model.tensors},
+        modes=dict(_modes(plan, model, decided_by["mode"], module_rules)),
+        uses=tuple(_uses(plan, model, selections, decided_by, module_rules)),
     )
 
 
@@ -83,10 +83,10 @@ def _select(plan: Plan, index: int, model: Description) -> Selection:
 
 def _first(claimed: Iterable[Sequence[str]]) -> dict[str, int]:
     """Name -> index of the first rule that claims it, of what each rule claims in the plan's order."""
-    winners: dict[str, int] = {}
+    decided_by: dict[str, int] = {}
     for index, names in reversed(list(enumerate(claimed))):  # so the first is written last
-        winners |= dict.fromkeys(names, index)
-    return winners
+        decided_by |= dict.fromkeys(names, index)
+    return decided_by
 
 
 def _rate(plan: Plan, index: int | None) -> tuple[bool, float | None] | None:
@@ -113,14 +113,14 @@ def _uses(
     plan: Plan,
     model: Description,
     selections: Sequence[Selection],
-    winners: Mapping[str, Mapping[str, int]],
+    decided_by: Mapping[str, Mapping[str, int]],
     module_rules: Mapping[str, int],
 ) -> Iterator[RuleUse]:
     for index, (rule, selection) in enumerate(zip(plan.rules, selections, strict=True)):
         lost: Sequence[str] = selection.tensors
         for setting in rule.settings:
-            lost = [name for name in lost if winners[setting][name] != index]
-        takers = Counter(winners[rule.settings[0]][name] + 1 for name in lost)
+            lost = [name for name in lost if decided_by[setting][name] != index]
+        takers = Counter(decided_by[rule.settings[0]][name] + 1 for name in lost)
         yield RuleUse(
             number=index + 1,
             text=rule.text,

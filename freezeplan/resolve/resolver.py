@@ -55,7 +55,7 @@ def _with_warnings(part: Resolution, weak: Sequence[RuleUse]) -> Resolution:
 
 def _view(part: Decided, model: Description) -> Resolution:
     """What one phase means, where nothing is wrong with it."""
-    plan, winners, uses = part.plan, part.winners, part.uses
+    plan, decided_by, uses = part.plan, part.decided_by, part.uses
     modes_by_rule = {module: mode for module, wanted in part.modes.items() for mode in wanted}
     decided = {name: rate for name, rate in part.rates.items() if rate is not None}
     frozen = frozenset(name for name, (is_frozen, _) in decided.items() if is_frozen)
@@ -63,12 +63,12 @@ def _view(part: Decided, model: Description) -> Resolution:
     _check_caches(plan, model, frozen, modes)
 
     exempt = model.no_decay if plan.weight_decay == "timm" else frozenset()
-    wd_mult = {name: plan.rules[index].wd_mult or 0.0 for name, index in winners["wd_mult"].items()}
-    reinit = {name: bool(plan.rules[index].reinit) for name, index in winners["reinit"].items()}
+    wd_mult = {name: plan.rules[index].wd_mult or 0.0 for name, index in decided_by["wd_mult"].items()}
+    reinit = {name: bool(plan.rules[index].reinit) for name, index in decided_by["reinit"].items()}
     decays = {
         tensor.name: plan.layer_decay if index is None else plan.rules[index].layer_decay
         for tensor in model.tensors
-        if (index := winners["layer_decay"].get(tensor.name)) is not None or plan.layer_decay is not None
+        if (index := decided_by["layer_decay"].get(tensor.name)) is not None or plan.layer_decay is not None
     }
     rows = tuple(
         Row(
@@ -79,7 +79,7 @@ def _view(part: Decided, model: Description) -> Resolution:
             wd_mult=0.0 if tensor.name in exempt else wd_mult.get(tensor.name, 1.0),
             mode=modes[tensor.module],
             reinit=reinit.get(tensor.name, False),
-            rule=None if (index := winners["rate"].get(tensor.name)) is None else index + 1,
+            rule=None if (index := decided_by["rate"].get(tensor.name)) is None else index + 1,
             aliases=tensor.aliases,
             layer_decay=decays.get(tensor.name),
         )

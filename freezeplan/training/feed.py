@@ -39,7 +39,7 @@ class Feed:
     """For the validation split."""
     kept: bool = False
     """Whether that are features."""
-    spoilt: bool = False
+    blocked_by_augment: bool = False
     """Whether they could be, were the images not augmented."""
     computed: int = 0
     """Features that were computed and not found on disk."""
@@ -68,7 +68,7 @@ def feed(
         applied: The plan on the model.
         data: Training and validation images.
         batch_size: Images a pass, while features are computed.
-        cache: Whether features may be kept; they are where a part of the model can be memoised, is worth it and is no
+        cache: Whether features may be kept; they are where a part of the model can be cached, is worth it and is no
             larger than the images.
         augmented: Whether training images are other ones each time, of which no features can be kept.
         directory: Where features are kept; None: the user's cache folder.
@@ -83,7 +83,7 @@ def feed(
     found = applied.prefix(train(torch.arange(3) % len(train))) if cache else None
     worth = found is not None and bool(found.stored) and not found.advice
     if not worth or augmented:
-        return Feed(applied.model, train, val, spoilt=worth)
+        return Feed(applied.model, train, val, blocked_by_augment=worth)
     made = [
         applied.cached(
             TensorDataset(split.images),

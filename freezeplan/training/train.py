@@ -170,7 +170,7 @@ def train_arm(
                 )  # fmt: skip
             if settings.compile:
                 found.module.compile()
-            if found.spoilt and processes.first:
+            if found.blocked_by_augment and processes.first:
                 warnings.warn(
                     f"{plan.title}: --augment {settings.augment} changes images ahead of what is frozen, so no "
                     "features are kept and the frozen layers run in every epoch",

@@ -1,4 +1,4 @@
-"""What ``results.json`` holds, as a shape to hold a stranger's file against before a report is made of it."""
+"""What ``results.json`` holds, as a shape that any file is checked against before a report is made of it."""
 
 from __future__ import annotations
 

@@ -579,7 +579,7 @@ def test_a_train_that_other_code_put_there_comes_back(carry):
     part = model["part"]
     pinned = vars(part)["train"]
     model.train()
-    assert (type(pinned), part.asked, training(model)) == (freeze.Pin, True, {"", "part.child"})
+    assert (type(pinned), part.asked, training(model)) == (freeze.StayInEval, True, {"", "part.child"})
     freezeplan.applied(model).undo()
     assert training(model) == {name for name, _ in model.named_modules()}
     model.eval()

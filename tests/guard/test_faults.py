@@ -123,7 +123,7 @@ FAULTS = [
     pytest.param(
         loosen,
         [
-            "3 modules, such as 'body', are without the pin that holds them in eval",
+            "3 modules, such as 'body', are no longer held in eval",
             "  replaced after the plan was applied, by convert_sync_batchnorm for one; apply the plan after that",
         ],
         id="pin",

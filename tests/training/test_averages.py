@@ -106,7 +106,7 @@ def test_batch_norm_that_is_synchronised_later_is_reported() -> None:
     live = apply_plan(model, PLAN)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
-    with pytest.raises(ApplyError, match="1 module, 'bn1', is without the pin that holds them in eval"):
+    with pytest.raises(ApplyError, match="1 module, 'bn1', is no longer held in eval"):
         live.step(epoch=0)
 
 
