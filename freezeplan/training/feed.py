@@ -45,6 +45,8 @@ class Feed:
     """Features that were computed and not found on disk."""
     seconds: float = 0.0
     """That this took."""
+    difference: float = 0.0
+    """By how much features change with the number of images in a batch, relative to the largest; measured."""
 
 
 def feed(
@@ -99,7 +101,8 @@ def feed(
     features, module = [one for one, _ in made], made[0][1]
     computed, seconds = sum(one.computed for one in features), sum(one.seconds for one in features)
     kept = [_Kept(one) for one in features]
-    return Feed(module, kept[0], kept[1], kept=True, computed=computed, seconds=seconds)
+    difference = max(one.size_difference for one in features)
+    return Feed(module, kept[0], kept[1], kept=True, computed=computed, seconds=seconds, difference=difference)
 
 
 @dataclass(frozen=True)

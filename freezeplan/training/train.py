@@ -71,6 +71,8 @@ class Run:
     """That this took."""
     features_epochs: int = 0
     """Epochs that were trained on features."""
+    features_difference: float = 0.0
+    """By how much features change with the number of images in a batch, relative to the largest; measured."""
     predicted: tuple[int, ...] = ()
     """Index of the class that each validation image was taken for, after the last epoch."""
 
@@ -179,7 +181,10 @@ def train_arm(
                 )
             feeding += time.perf_counter() - begun
             features = replace(
-                features, computed=features.computed + found.computed, seconds=features.seconds + found.seconds
+                features,
+                computed=features.computed + found.computed,
+                seconds=features.seconds + found.seconds,
+                difference=max(features.difference, found.difference),
             )
             return found
 
@@ -246,6 +251,7 @@ def train_arm(
         features_computed=int(computed),
         features_seconds=features.seconds,
         features_epochs=features.epochs,
+        features_difference=features.difference,
         predicted=tuple(logits.argmax(1).tolist()),
     )
     if checkpoint is not None and processes.first:
@@ -260,6 +266,7 @@ class _Features:
     computed: int = 0
     seconds: float = 0.0
     epochs: int = 0
+    difference: float = 0.0
 
 
 def _step(

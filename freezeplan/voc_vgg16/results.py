@@ -262,6 +262,7 @@ def _run(run: Run, classes: tuple[str, ...]) -> dict[str, Any]:
         "features_computed": run.features_computed,
         "features_seconds": run.features_seconds,
         "features_epochs": run.features_epochs,
+        "features_difference": run.features_difference,
         "epochs": [
             {**asdict(epoch), "train_loss": epoch.train_loss if math.isfinite(epoch.train_loss) else None}
             for epoch in run.epochs

@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from freezeplan.cache.prefix import str_difference
 from freezeplan.training.settings import Settings
 from freezeplan.training.train import Epoch, Run
 from freezeplan.voc_vgg16.arms import PUBLISHED, SOURCE
@@ -185,12 +186,14 @@ def _saving(runs: Sequence[Mapping[str, Any]]) -> str:
     images = max(run["features"] for run in runs)
     if not images:
         return ""
+    difference = max(run["features_difference"] for run in runs)
+    rounding = f"; {str_difference(difference)}" if difference else ""
     if not computed:
-        return f"the features of all {images:,} images were there: no frozen layer was run"
+        return f"the features of all {images:,} images were there: no frozen layer was run{rounding}"
     passes = sum(run["features"] * run["features_epochs"] for run in runs)
     return (
         f"features of {computed:,} images computed in {seconds:.1f} s and kept, "
-        f"which spares about {max(0.0, seconds * passes / computed - seconds):.0f} s of frozen layers"
+        f"which spares about {max(0.0, seconds * passes / computed - seconds):.0f} s of frozen layers{rounding}"
     )
 
 

@@ -97,6 +97,7 @@ class OneRun(Errors):
     features_computed: Index
     features_seconds: float
     features_epochs: Index
+    features_difference: float = 0.0
     epochs: list[Epoch]
 
 

@@ -301,10 +301,10 @@ def test_what_freezes_the_same_shares_its_features_and_all_share_the_decoded_ima
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_what_kept_features_spared_is_printed_on_a_terminal_too(terminal: bool) -> None:
-    once = {"seed": 0, "top1_error": 0.5, "features": 40, "features_epochs": 3}
+    once = {"seed": 0, "top1_error": 0.5, "features": 40, "features_epochs": 3, "epochs": []}
     runs = [
-        {**once, "features_computed": 40, "features_seconds": 2.0},
-        {**once, "features_computed": 0, "features_seconds": 0.0},
+        {**once, "features_computed": 40, "features_seconds": 2.0, "features_difference": 0.0161},
+        {**once, "features_computed": 0, "features_seconds": 0.0, "features_difference": 0.0},
     ]
     means = {"top5_error": None, "largest_error": 0.5, "any_error": 0.5, "train_error": 0.5, "learned": True}
     console = Console(force_terminal=terminal, width=200, record=True, file=io.StringIO())
@@ -315,7 +315,8 @@ def test_what_kept_features_spared_is_printed_on_a_terminal_too(terminal: bool) 
     )
 
     assert console.export_text().splitlines()[-1] == (
-        "kept: features of 40 images computed in 2.0 s and kept, which spares about 10 s of frozen layers"
+        "kept: features of 40 images computed in 2.0 s and kept, which spares about 10 s of frozen layers; "
+        "features of this device differ by 1.6e-02 of the largest with the batch size"
     )
 
 
