@@ -48,7 +48,8 @@ def infer_plan(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
         ApplyError: If nothing is trained, or the optimizer holds nothing of this model.
 
     Examples:
-        >>> model = zoo.create_model("resnet18", num_classes=3)
+        >>> from freezeplan.model import create_model
+        >>> model = create_model("resnet18", num_classes=3)
         >>> for name, parameter in model.named_parameters():
         ...     _ = parameter.requires_grad_(name.startswith(("layer4", "fc")))
         >>> [rule.text for rule in infer_plan(model).rules]
@@ -88,7 +89,8 @@ def shortest_rules(
         The keys of a rule that select, and the value that such a rule sets.
 
     Examples:
-        >>> model = zoo.describe(zoo.create_model("test_resnet", meta=True))
+        >>> from freezeplan.model import create_model, describe
+        >>> model = describe(create_model("test_resnet", meta=True))
         >>> shortest_rules(model, {t.name: t.name.startswith("fc.") for t in model.tensors})
         [({'match': ['fc']}, True), ({'match': ['.*']}, False)]
     """

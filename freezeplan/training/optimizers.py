@@ -30,7 +30,7 @@ def make_optimizer(name: OptimizerName, groups: list[dict[str, Any]], *, lr: flo
         lr: Learning rate of groups that carry none.
 
     Examples:
-        >>> type(make_optimizer("rmsprop", [{"params": [nn.Parameter(torch.zeros(1))]}], lr=0.1)).__name__
+        >>> type(make_optimizer("rmsprop", [{"params": [torch.nn.Parameter(torch.zeros(1))]}], lr=0.1)).__name__
         'RMSprop'
     """
     if name == "rmsprop-tf1":
