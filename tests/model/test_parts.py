@@ -198,8 +198,7 @@ def test_a_contained_backbone_has_the_rates_of_the_whole_model(family: str) -> N
 EVERY = timm.list_models()
 
 
-@pytest.mark.zoo
-@pytest.mark.slow
+@pytest.mark.contained
 @pytest.mark.parametrize("name", EVERY)
 def test_every_contained_backbone_has_the_rates_of_the_whole_model(name: str) -> None:
     """The same for every model of timm by name, under every preset."""
