@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freezeplan.training.optimizers import make_optimizer
 from freezeplan.training.settings import Settings
 from freezeplan.training.train import Run, train_arm
 from freezeplan.training.voc import Split
@@ -140,7 +141,7 @@ class Bench:
         """Seconds of an epoch of the head on features that lie on the device: the limit of any cache."""
         count, size = len(self.data[0].images), self.settings.batch_size
         head = nn.Sequential(nn.Linear(elements, 256), nn.ReLU(), nn.Linear(256, 20)).to(self.device)
-        optimizer = torch.optim.RMSprop(head.parameters(), lr=1e-5, foreach=self.device.type == "cuda")
+        optimizer = make_optimizer(self.settings.optimizer, [{"params": list(head.parameters())}], lr=1e-5)
         features, labels = torch.randn(count, elements, device=self.device), self.data[0].labels
 
         def run() -> None:

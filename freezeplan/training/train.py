@@ -204,12 +204,14 @@ def train_arm(
             if not processes.first:  # dropout of its own, also after a resumption
                 torch.manual_seed(1_000_003 * seed + 1_009 * number + processes.rank)
             total = torch.zeros((), device=device)
-            for rows in batches(len(train.labels), settings.batch_size, order):
+            drawn = batches(len(train.labels), settings.batch_size, order)
+            placed = torch.split(torch.cat(drawn).to(device), [len(rows) for rows in drawn])  # one copy an epoch
+            for rows in placed:
                 moving = draw(settings.augment, len(rows), train.images.shape[-1], moves)
                 mine = processes.share(rows)
                 with processes.exchanging(), _explained(settings):
                     images = fed.train(mine, None if moving is None else processes.share(moving))
-                    loss = F.cross_entropy(shared(images), train.labels[mine.to(device)])
+                    loss = F.cross_entropy(shared(images), train.labels[mine])
                     optimizer.zero_grad()
                     # The mean over the processes of these gradients is the gradient of the whole batch's mean loss.
                     weighted = loss * (len(mine) * processes.count / len(rows))

@@ -95,7 +95,7 @@ class VGGFlat(VGG):  # type: ignore[misc]  # timm has no types
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ):
-        device = device or torch.get_default_device()
+        device = device or torch.empty(0).device  # torch 2.6 does not tell a context's device by itself
         # On the meta device timm's 120 million parameters of 4096-wide layers cost nothing before they are replaced.
         with torch.device("meta"):
             super().__init__(cfg, num_classes, drop_rate=drop_rate, **kwargs)

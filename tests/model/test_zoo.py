@@ -239,9 +239,9 @@ PROTECTIONS = {
             for p in found
         ],
     ),
-    "pins": ("pin", lambda live, resolution: None),
-    "pins that outlive train()": (
-        "pin",
+    "modes": ("hold_in_eval", lambda live, resolution: None),
+    "modes that outlive train()": (
+        "hold_in_eval",
         lambda live, resolution: [m.eval() for n, m in live.inner.items() if resolution.modes[n] == "eval"],
     ),
 }
