@@ -77,7 +77,7 @@ COMMANDS = {
     r"pip install .*": "needs the network; .ci/run does it",
     r"python -m venv .*|\. .*/activate": "makes an environment; .ci/run does it",
     r"pytest .*": "this is what runs",
-    r"ruff check \.|ruff format --check \.|mypy": "a step of .ci/run",
+    r"ruff check \.|ruff format --check \.|mypy|lint-imports": "a step of .ci/run",
     r"python examples/\w+\.py.*": "tests/test_examples.py runs it",
     r"python -c .from mmengine.*": "tests/test_import_openmmlab.py runs it",
     r"python benchmarks/\w+\.py.*": "recorded output of minutes of timing; no time is a test",
