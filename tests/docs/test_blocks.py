@@ -49,6 +49,8 @@ SMALL = {
     ),
 }
 """What a page says -> what stands in for it, without a download."""
+if not hasattr(torch.optim, "Muon"):
+    SMALL["torch.optim.Muon"] = "torch.optim.SGD"
 
 FILES = {
     "README.md": {

@@ -313,3 +313,55 @@ def test_a_swapped_batch_norm_is_called_replaced():
         "  a module that is swapped in brings parameters of its own: swap it, then apply the plan\n"
         "  apply_plan(..., replace=True) takes the model as it is now"
     )
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_for_matrices_and_adamw_for_the_rest_follow_the_plan_through_its_phases():
+    """Muon's update has a size of its own, so a matrix moves in proportion to its rate."""
+    model = toy()
+    phases = [{"name": "slow", "until": 1, "rules": [{"match": "1", "lr_mult": 0.5}]}, {"name": "fast"}]
+    live = apply_plan(model, {**PLAN, "phases": phases}, scheduler="any")
+
+    def groups(wanted):
+        for group in live.param_groups:
+            found = [p for p in group["params"] if wanted(p)]
+            if found:
+                yield {**group, "params": found, "param_names": [str(at) for at in range(len(found))]}
+
+    muon = torch.optim.Muon(groups(lambda p: p.ndim == 2), lr=0.1, weight_decay=0.0)
+    adamw = torch.optim.AdamW(groups(lambda p: p.ndim != 2), lr=0.1, weight_decay=0.0)
+    live.attach(muon, adamw)
+    ratios = []
+    for epoch in range(2):
+        live.step(epoch=epoch)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        muon.step()
+        adamw.step()
+        moved = [(b - a).mean().item() for a, b in zip(model.parameters(), before, strict=True)]
+        ratios.append([moved[2] / moved[0], moved[3] / moved[1]])
+
+    assert ratios == [pytest.approx([0.5, 0.5], rel=1e-3), pytest.approx([0.1, 0.1], rel=1e-3)]
+
+
+@pytest.mark.parametrize("guard", [True, False], ids=["guard", "no-guard"])
+def test_the_closure_of_lbfgs_runs_at_the_plans_rate(guard):
+    """It has one group, and calls its closure many times in a step: the rate is multiplied once."""
+    plan = {"version": 1, "rules": [{"match": ".*", "lr_mult": 0.1}], "weight_decay": "all"}
+    models = [toy(), toy()]
+    live = apply_plan(models[0], plan, scheduler="any", guard=guard)
+    optimizers = [torch.optim.LBFGS(live, lr=0.1), torch.optim.LBFGS(models[1].parameters(), lr=0.01)]
+    live.attach(optimizers[0])
+    for model, optimizer in zip(models, optimizers, strict=True):
+        for _ in range(2):
+
+            def closure(model=model, optimizer=optimizer):
+                optimizer.zero_grad()
+                loss = model(torch.ones(3, 2)).square().sum()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
