@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -105,10 +106,13 @@ def test_models_keep_their_features(name, plan, device_that_rounds, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::freezeplan.FreezePlanWarning")
-@pytest.mark.parametrize("family", ZOO)
-def test_one_model_of_each_module_keeps_its_features(family, device_that_rounds, tmp_path):
+@pytest.mark.parametrize(("family", "relative"), zip(ZOO, cycle(ROUNDING.values()), strict=False), ids=ZOO)
+def test_one_model_of_each_module_keeps_its_features(family, relative, monkeypatch, tmp_path):
+    """Every other one rounds as TF32 does, the others as bf16."""
     if family in LARGE:
         pytest.skip("takes more memory than a test should")
+    for name in ("conv2d", "linear"):
+        monkeypatch.setattr(F, name, rounded(getattr(F, name), relative))
     keeps_trains_and_reads_back(ZOO[family]["model"], tmp_path)
 
 
