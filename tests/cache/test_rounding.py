@@ -106,7 +106,7 @@ def test_models_keep_their_features(name, plan, device_that_rounds, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::freezeplan.FreezePlanWarning")
-@pytest.mark.parametrize(("family", "relative"), zip(ZOO, cycle(ROUNDING.values()), strict=False), ids=ZOO)
+@pytest.mark.parametrize(("family", "relative"), list(zip(ZOO, cycle(ROUNDING.values()), strict=False)), ids=ZOO)
 def test_one_model_of_each_module_keeps_its_features(family, relative, monkeypatch, tmp_path):
     """Every other one rounds as TF32 does, the others as bf16."""
     if family in LARGE:
