@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import freezeplan.voc_vgg16.model  # noqa: F401  # registers the lecture's head
 from freezeplan import apply_plan
-from freezeplan.training.weights import build
+from freezeplan.voc_vgg16.weights import build
 
 PLANS = {"vgg16": "voc_vgg16/frozen_convs"}
 

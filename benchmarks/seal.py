@@ -16,8 +16,8 @@ from timing import alternate, show
 from torch import Tensor
 
 from freezeplan import apply_plan
+from freezeplan.apply.frozen import frozen_values
 from freezeplan.model.describer import create_model
-from freezeplan.proof.seal import still
 
 DIGESTS = ("sha256", "sha512", "sha3_256", "blake2b", "blake2s")
 """Those that nobody can find two models for; md5 and sha1 are broken."""
@@ -33,7 +33,7 @@ def main() -> None:
     given = parser.parse_args()
     model = create_model(given.model, num_classes=20)
     live = apply_plan(model, given.plan, lr=1e-3)
-    held = [tensor for _, tensors in still(model, live.resolution) for tensor in tensors]
+    held = [tensor for _, tensors in frozen_values(model, live.resolution) for tensor in tensors]
     live.seal()
     ways: dict[str, Callable[[], object]] = {
         "seal": live.seal,

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from freezeplan import apply_plan
 from freezeplan.training.pixels import normalisation
 from freezeplan.training.voc import Split, load_split, read_voc
-from freezeplan.training.weights import build
+from freezeplan.voc_vgg16.weights import build
 
 PLANS = ("linear_probe", "surgical_last", "frozen_stages_2", "full")
 RATES = (3e-4, 1e-3, 3e-3)

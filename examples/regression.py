@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from freezeplan import apply_plan
-from freezeplan.training.weights import build
 from freezeplan.voc_vgg16.sample import weights_path
+from freezeplan.voc_vgg16.weights import build
 
 PLAN = Path(__file__).with_name("regression.yaml")
 

@@ -706,7 +706,8 @@ def test_what_killed_processes_left_goes_with_the_next_write(live, tmp_path):
 
 WORK = """
     import sys, torch
-    from freezeplan import apply_plan, fill
+    from freezeplan import apply_plan
+    from freezeplan.cache import fill
     from freezeplan.model import create_model
     from torch.utils.data import TensorDataset
 
