@@ -347,6 +347,38 @@ def test_the_first_step_of_each_optimizer(name: OptimizerName, step: float) -> N
     assert optimizer.defaults.get("fused", False) == (name in ("adamw", "sgd"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_foreach_computes_the_bits_of_the_loop(dtype: torch.dtype) -> None:
+    """On CUDA timm's RMSpropTF takes its foreach form by itself; its state can be resumed in the other form."""
+    loop, foreach = (_after_steps(form, dtype) for form in (False, True))
+
+    assert loop.keys() == foreach.keys()
+    assert all(torch.equal(loop[name], foreach[name]) for name in loop)
+    assert not any(bool(tensor.isnan().any()) for tensor in loop.values())
+    earlier = _after_steps(False, dtype, steps=95)
+    assert all(torch.equal(loop[name], earlier[name]) == (not loop[name].numel()) for name in loop)
+
+
+def _after_steps(foreach: bool, dtype: torch.dtype, steps: int = 100) -> dict[str, Tensor]:
+    """Values and state of parameters of many shapes, at two rates that change, one parameter without a gradient."""
+    random = torch.Generator().manual_seed(0)
+    shapes = [(), (1,), (7,), (0,), (33, 17), (8, 4, 3, 3)]
+    weights = [nn.Parameter(torch.randn(shape, generator=random, dtype=dtype)) for shape in shapes]
+    weights[-1] = nn.Parameter(weights[-1].detach().to(memory_format=torch.channels_last))
+    groups = [{"params": weights[:3]}, {"params": [*weights[3:], nn.Parameter(torch.ones(3, dtype=dtype))]}]
+    optimizer = make_optimizer("rmsprop-tf1", groups, lr=5e-4)
+    for group in optimizer.param_groups:
+        group["foreach"] = foreach
+    for step in range(steps):
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape, generator=random, dtype=dtype) * 10.0 ** (step % 9 - 6)
+        optimizer.param_groups[1]["lr"] = 5e-4 * (0.2 if step % 2 else 1.0)
+        optimizer.step()
+    values = {f"{index} value": weight.detach() for index, weight in enumerate(weights)}
+    state = optimizer.state_dict()["state"]
+    return values | {f"{index} {name}": tensor for index, held in state.items() for name, tensor in held.items()}
+
+
 def test_one_image_a_batch_says_what_to_do() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(768, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     model.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
