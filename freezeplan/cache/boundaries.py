@@ -38,6 +38,8 @@ class Cuts:
     """An earlier phase, all of whose frozen part is still frozen: its features may lead to these without an image."""
     rest: replay.Rest
     """What is left of a pass now, proved against the plain one."""
+    repeat_difference: float
+    """By how much two equal passes differ on this device, as ``prove`` measured it."""
 
 
 def prefix_of(model: nn.Module, sample: torch.Tensor) -> Prefix:
@@ -67,7 +69,7 @@ def find_cuts(model: nn.Module, resolution: Resolution, index: int, sample: torc
     if now.advice:
         warnings.warn(now.advice, FreezePlanWarning, stacklevel=4)
     rest = replay.Rest(model, now)
-    prove(model, rest, now, sample)
+    difference = prove(model, rest, now, sample)
     kept, live = [Cut(here, now)], names.survey(model)
     still = frozen = _frozen(here)
     before: Cut | None = None
@@ -88,7 +90,7 @@ def find_cuts(model: nn.Module, resolution: Resolution, index: int, sample: torc
     finally:
         if resolution.phases:
             freeze.enter(live, here)
-    return Cuts(tuple(kept), before, rest)
+    return Cuts(tuple(kept), before, rest, difference)
 
 
 def _frozen(part: Resolution) -> set[str]:

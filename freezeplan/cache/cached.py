@@ -101,6 +101,7 @@ def cached(
             found, earlier = boundaries.places(model, resolution, cuts, where, dtype, there)
             model.train()
             prefixes = [one.prefix for one in found]
+            (plain,) = replay.capture(model, prefixes[:1], sample, gradients=True)
             with replay.channels_last(model, prefixes, sample):
                 first = reader.first_batch(dataset, views, seed, batch_size, prepare).to(there)
                 batch = reader.prepared(first, prepare)
@@ -111,7 +112,8 @@ def cached(
                     home=home, workers=workers, limit=limit, progress=progress, earlier=earlier, keep=keep,
                     prepare=prepare,
                 )  # fmt: skip
-                features.size_difference = key.check_stored(model, found[0].prefix, batch, features, there)
+                features.difference = key.check_stored(model, prefixes[0], batch, features, there, plain)
+                features.repeat_difference = cuts.repeat_difference
         finally:
             model.to(home)
             if prepare is not None:

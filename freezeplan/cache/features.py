@@ -62,8 +62,12 @@ class Features(Dataset[Any]):
         self._memory, self._writer, self._process = memory, writer, os.getpid()
         self.kept = kept
         """Where they are: on the ``device``, in memory of the ``host``, or on ``disk``."""
-        self.size_difference = 0.0
-        """By how much features change with the number of images in a batch, relative to the largest; measured."""
+        self.difference = 0.0
+        """By how much these features differ from those of a plain training step, relative to the largest; measured.
+        A device rounds differently for other numbers of images, other orders in memory, and where autograd records."""
+        self.repeat_difference = 0.0
+        """By how much two equal passes differ on this device, relative to the largest number; measured. Where it is not
+        0, some sums have no fixed order, and the pass over features was not compared with the plain one there."""
         self._open: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -185,7 +189,8 @@ class Images(Dataset[Any]):
 
     computed = 0
     seconds = 0.0
-    size_difference = 0.0
+    difference = 0.0
+    repeat_difference = 0.0
     kept = "nowhere"
 
     def __init__(

@@ -145,7 +145,14 @@ class _Enough(Exception):  # noqa: N818  # no error: the pass may end here
     """Everything that is kept has been seen."""
 
 
-def capture(model: nn.Module, prefixes: Sequence[Prefix], given: Tensor, earlier: Prefix | None = None) -> list[Tensor]:
+def capture(
+    model: nn.Module,
+    prefixes: Sequence[Prefix],
+    given: Tensor,
+    earlier: Prefix | None = None,
+    *,
+    gradients: bool = False,
+) -> list[Tensor]:
     """Run a model on images up to the last output that is kept.
 
     Args:
@@ -153,6 +160,7 @@ def capture(model: nn.Module, prefixes: Sequence[Prefix], given: Tensor, earlier
         prefixes: What ``watch`` found; several, of several phases, cost one pass.
         given: Images, (N, C, H, W), on the model's device; or features of them, (N, E), from which the pass goes on.
         earlier: What was found on the model where these features were kept; all of it is cached in ``prefixes`` too.
+        gradients: Whether autograd records the pass, as in training. It has other kernels for some modules.
 
     Returns:
         For each prefix the features, (N, E), on that device.
@@ -164,7 +172,7 @@ def capture(model: nn.Module, prefixes: Sequence[Prefix], given: Tensor, earlier
             stack.enter_context(_answering(_parts(model, earlier), earlier, given))
         for at, prefix in enumerate(prefixes):
             stack.enter_context(_collecting(model, prefix, found[at], open_, at))
-        with torch.no_grad(), contextlib.suppress(_Enough):
+        with torch.set_grad_enabled(gradients), contextlib.suppress(_Enough):
             model(given if earlier is None else _no_images(earlier, given))
     return [
         torch.cat([part for call in prefix.stored for part in seen[call.module, call.number]], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,25 +10,31 @@ import torch
 from torch import Tensor, nn
 
 from freezeplan.cache.calls import intercepted, named, tensors, undisturbed
-from freezeplan.cache.independence import check_independent, same, same_autocast
+from freezeplan.cache.independence import check_independent, largest_difference, same, same_autocast
 from freezeplan.cache.prefix import Prefix
 from freezeplan.cache.replay import Rest, capture
 from freezeplan.errors import ApplyError
+from freezeplan.model import names
 
 
-def prove(model: nn.Module, rest: Rest, prefix: Prefix, images: Tensor) -> None:
+def prove(model: nn.Module, rest: Rest, prefix: Prefix, images: Tensor) -> float:
     """Compare the pass over features with the plain one: answers in eval mode, answers and gradients in train mode.
 
     First ``check_independent``. Then both passes over the same batch, as the model is, and with every trained parameter
     changed at random, which shows what depends on it without autograd knowing. All comparisons ask for equal bits under
-    the caller's autocast; what differs between two plain passes too, such as a gradient that a GPU sums in no fixed
-    order, is not asked for. Weights, buffers, modes and random states are as before afterwards.
+    the caller's autocast. What differs between two equal passes, such as a gradient that a GPU sums in no fixed order,
+    cannot be compared; by how much it differs is returned. Weights, buffers, modes and random states are as before
+    afterwards.
 
     Args:
         model: With a live plan.
         rest: What is to be trained on features of it.
         prefix: What was found on it.
         images: A batch of three, (3, C, H, W), on the model's device.
+
+    Returns:
+        The largest difference between two equal passes, relative to the largest number of the tensor that differs; 0
+        where the device repeats itself.
 
     Raises:
         ApplyError: If one of them differs, with the name of the first module that does.
@@ -39,6 +46,7 @@ def prove(model: nn.Module, rest: Rest, prefix: Prefix, images: Tensor) -> None:
         names = list(dict.fromkeys(call.module for call in prefix.calls))
         features = check_independent(model, names, images, lambda given: capture(model, [prefix], given)[0])
         generator = torch.Generator().manual_seed(0)
+        difference = 0.0
         try:
             for changed in (False, True):
                 if changed:
@@ -47,28 +55,44 @@ def prove(model: nn.Module, rest: Rest, prefix: Prefix, images: Tensor) -> None:
                         parameter.data.mul_(1 + 0.2 * noise).add_(0.01 * noise)
                 for mode in (False, True):
                     model.train(mode)
-                    _check_same(model, rest, prefix, images, features, trained)
+                    difference = max(difference, _check_same(model, rest, prefix, images, features, trained))
         finally:
             for parameter, value in zip(trained, values, strict=True):
                 parameter.data.copy_(value)
+    return difference
 
 
 def _check_same(
     model: nn.Module, rest: Rest, prefix: Prefix, images: Tensor, features: Tensor, trained: list[nn.Parameter]
-) -> None:
-    plain = _results(model, images, model.training, trained)
-    replayed = _results(rest, features, model.training, trained)
-    if _alike(plain, replayed):
-        return
-    again = _results(model, images, model.training, trained)
-    fixed = [at for at, (one, two) in enumerate(zip(plain, again, strict=True)) if _same(one, two)]
-    if len(plain) == len(replayed) and all(_same(plain[at], replayed[at]) for at in fixed):
-        return
+) -> float:
+    def replayed() -> list[Tensor | None]:
+        return _results(rest, features, model.training, trained)
+
+    first = replayed()
+    if _alike(_results(model, images, model.training, trained), first):
+        return 0.0
+    with _computed_as_features_are(model, prefix):
+        plain, again = (_results(model, images, model.training, trained) for _ in range(2))
+    pairs = list(zip(first, replayed(), strict=True)), list(zip(plain, again, strict=True))
+    fixed = [at for at, (one, two) in enumerate(zip(*pairs, strict=False)) if _same(*one) and _same(*two)]
+    if len(plain) == len(first) and all(_same(plain[at], first[at]) for at in fixed):
+        return max(largest_difference(a, b) for pair in pairs for a, b in pair if a is not None and b is not None)
     where = _first_difference(model, rest, prefix, images, features)
     raise ApplyError(
         f"cached features give different results, first at {where}",
         notes=["this model cannot be trained on cached features; train it on images, with the same plan"],
     )
+
+
+def _computed_as_features_are(model: nn.Module, prefix: Prefix) -> contextlib.AbstractContextManager[None]:
+    """Let cached calls run without gradients: a CPU has other kernels for an LSTM that could be trained."""
+    cached = {call.module for call in prefix.calls}
+
+    def around(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        with torch.no_grad():
+            return forward(*args, **kwargs)
+
+    return intercepted([m for name, live in names.modules(model).items() if name in cached for m in live], around)
 
 
 def _results(run: nn.Module, given: Tensor, training: bool, trained: list[nn.Parameter]) -> list[Tensor | None]:

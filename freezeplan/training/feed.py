@@ -101,7 +101,7 @@ def feed(
     features, module = [one for one, _ in made], made[0][1]
     computed, seconds = sum(one.computed for one in features), sum(one.seconds for one in features)
     kept = [_Kept(one) for one in features]
-    difference = max(one.size_difference for one in features)
+    difference = max(one.difference for one in features)
     return Feed(module, kept[0], kept[1], kept=True, computed=computed, seconds=seconds, difference=difference)
 
 

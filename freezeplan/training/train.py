@@ -72,7 +72,7 @@ class Run:
     features_epochs: int = 0
     """Epochs that were trained on features."""
     features_difference: float = 0.0
-    """By how much features change with the number of images in a batch, relative to the largest; measured."""
+    """By how much the features differ from those of a plain step, relative to the largest; measured."""
     predicted: tuple[int, ...] = ()
     """Index of the class that each validation image was taken for, after the last epoch."""
 

@@ -87,6 +87,7 @@ def to_html(results: Mapping[str, Any], photos: Mapping[str, Sequence[Mapping[st
         plans={arm: _uri(content, "image/svg+xml") for arm, content in plan_pictures(results).items()},
         photos=photos,
         warnings=statistics.rates_too_high(results),
+        savings={arm: text for arm, found in results["arms"].items() if (text := statistics.saving(found["runs"]))},
         mistakes={arm: len(statistics.mistakes(results, arm)) for arm in arms},
         settings=_by_origin(origins, "settings") | _by_origin(origins, "versions"),
         commands={where: repeat(one) for where, one in origins.items()},

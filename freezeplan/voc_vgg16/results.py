@@ -11,7 +11,7 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from itertools import cycle
+from itertools import compress, cycle
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -80,6 +80,7 @@ def summarise(
             "timm": describer.version(),
             "torch": torch.__version__,
             "python": platform.python_version(),
+            "card": card(settings.device),
         },
         "asked": dict(asked),
         "data": {
@@ -99,6 +100,20 @@ def summarise(
         "pairs": pairs(arms),
         "arms": arms,
     }
+
+
+def card(device: str) -> str:
+    """Name what a run computed on, and how exact its float32 products are.
+
+    Examples:
+        >>> card("cpu").startswith("CPU, ")
+        True
+    """
+    if not device.startswith("cuda"):
+        return f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+    exact = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    tf32 = "with TF32 in {}".format(" and ".join(compress(("products", "convolutions"), exact))) if any(exact) else ""
+    return f"{torch.cuda.get_device_name(device)}, {tf32 or 'without TF32'}"
 
 
 def to_csv(results: Mapping[str, Any]) -> str:

@@ -26,11 +26,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from freezeplan.cache.prefix import str_difference
 from freezeplan.training.settings import Settings
 from freezeplan.training.train import Epoch, Run
 from freezeplan.voc_vgg16.arms import PUBLISHED, SOURCE
-from freezeplan.voc_vgg16.statistics import rates_too_high
+from freezeplan.voc_vgg16.statistics import rates_too_high, saving
 
 NOT_LEARNED = "did not learn"
 QUIET = 30.0
@@ -180,23 +179,6 @@ def download_bar(console: Console, name: str, size: int) -> Iterator[Callable[[i
         yield progress
 
 
-def _saving(runs: Sequence[Mapping[str, Any]]) -> str:
-    """What kept features spared an arm: the frozen forward passes of all epochs but the one that computed them."""
-    computed, seconds = (sum(run[key] for run in runs) for key in ("features_computed", "features_seconds"))
-    images = max(run["features"] for run in runs)
-    if not images:
-        return ""
-    difference = max(run["features_difference"] for run in runs)
-    rounding = f"; {str_difference(difference)}" if difference else ""
-    if not computed:
-        return f"the features of all {images:,} images were there: no frozen layer was run{rounding}"
-    passes = sum(run["features"] * run["features_epochs"] for run in runs)
-    return (
-        f"features of {computed:,} images computed in {seconds:.1f} s and kept, "
-        f"which spares about {max(0.0, seconds * passes / computed - seconds):.0f} s of frozen layers{rounding}"
-    )
-
-
 class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Return images per second, or nothing before the first ones are done."""
@@ -277,9 +259,9 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
         if not found["learned"]:
             reason = "its training error is no better than that of naming the commonest class"
             console.print(Text(f"{arm} {NOT_LEARNED}: {reason}", "yellow"))
-        saving = _saving(found["runs"])
-        if saving:
-            console.print(Text(f"{arm}: {saving}"))
+        saved = saving(found["runs"])
+        if saved:
+            console.print(Text(f"{arm}: {saved}"))
 
 
 def _top1(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -111,6 +111,30 @@ def pairs(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def saving(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Say what cached features saved an arm: the frozen forward passes of all epochs but the one that computed them.
+
+    It also says by how much they differ from those of a plain step, where they do. Empty: the arm used none.
+
+    Examples:
+        >>> saving([{"features": 100, "features_computed": 100, "features_seconds": 2.0, "features_epochs": 10}])
+        'features of 100 images computed in 2.0 s and cached, which saves about 18 s of frozen layers'
+    """
+    computed, seconds = (sum(run[key] for run in runs) for key in ("features_computed", "features_seconds"))
+    images = max(run["features"] for run in runs)
+    if not images:
+        return ""
+    difference = max(run.get("features_difference", 0.0) for run in runs)
+    rounding = f"; they differ by {difference:.1e} of the largest from those of a plain step" if difference else ""
+    if not computed:
+        return f"the features of all {images:,} images were there: no frozen layer was run{rounding}"
+    passes = sum(run["features"] * run["features_epochs"] for run in runs)
+    return (
+        f"features of {computed:,} images computed in {seconds:.1f} s and cached, "
+        f"which saves about {max(0.0, seconds * passes / computed - seconds):.0f} s of frozen layers{rounding}"
+    )
+
+
 def rates_too_high(results: Mapping[str, Any]) -> list[str]:
     """Return a line for each arm that unlearns: fine-tuning that fits its training images worse than a frozen backbone.
 

@@ -291,8 +291,8 @@ def test_what_freezes_the_same_shares_its_features_and_all_share_the_decoded_ima
     assert [call.args[1] for call in arms.load_split.call_args_list] == ["train", "val"] * 2  # type: ignore[attr-defined]
     lines = " ".join(printed.split())
     assert re.search(
-        r"frozen_convs: features of 40 images computed in \d+\.\d s and kept, "
-        r"which spares about -?\d+ s of frozen layers",
+        r"frozen_convs: features of 40 images computed in \d+\.\d s and cached, "
+        r"which saves about -?\d+ s of frozen layers",
         lines,
     )
     assert "slower: the features of all 40 images were there: no frozen layer was run" in lines
@@ -315,8 +315,8 @@ def test_what_kept_features_spared_is_printed_on_a_terminal_too(terminal: bool) 
     )
 
     assert console.export_text().splitlines()[-1] == (
-        "kept: features of 40 images computed in 2.0 s and kept, which spares about 10 s of frozen layers; "
-        "features of this device differ by 1.6e-02 of the largest with the batch size"
+        "kept: features of 40 images computed in 2.0 s and cached, which saves about 10 s of frozen layers; "
+        "they differ by 1.6e-02 of the largest from those of a plain step"
     )
 
 
