@@ -11,6 +11,7 @@ import typer
 
 from freezeplan.cli import completion
 from freezeplan.errors import did_you_mean
+from freezeplan.model.description import Description
 
 _PLAN = "A plan file (.yaml, .toml, .json) or a preset's name."
 _MODEL = "A timm model name, or package.module:function."
@@ -71,6 +72,14 @@ ModelArg = Annotated[
     typer.Option(metavar="KEY=VALUE", parser=key_value, help="An argument for creating the model; repeatable."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def described_model(model: str, num_classes: int | None, model_arg: list[Any] | None) -> Description:
+    """Describe a model that was named on the command line; it is made without memory for its weights."""
+    from freezeplan.model.describer import describe
+    from freezeplan.model.source import load_model
+
+    return describe(load_model(model, dict(model_arg or ()), num_classes=num_classes, meta=True))
 
 
 def print_json(data: object) -> None:

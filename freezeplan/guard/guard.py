@@ -53,16 +53,18 @@ class Guard:
         return [found for found in (reference() for reference in self._optimizers) if found is not None]
 
     def watch(self, now: Iterable[nn.Parameter] | None = None) -> None:
-        """Watch the steps of every optimizer, once.
+        """Remember the parameters, and watch the steps of every optimizer where that is wanted; once.
 
         Args:
             now: The parameters that the model has now, if they were looked up already.
         """
-        if self._watcher is not None or not (self.closely or self.kind == "any"):
+        if self._first:
             return
-        here = weakref.ref(self)
         found = list(self.model.parameters() if now is None else now)
         self._first = {id(parameter): weakref.ref(parameter) for parameter in found}
+        if not (self.closely or self.kind == "any"):
+            return
+        here = weakref.ref(self)
         self._watcher = optimizer_hook.OptimizerWatcher(
             lambda: guard.model.parameters() if (guard := here()) is not None else (),
             lambda optimizer, when: guard._look(optimizer, when) if (guard := here()) is not None else None,
