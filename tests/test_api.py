@@ -140,6 +140,7 @@ def test_reading_and_resolving_plans_needs_nothing_heavy(statement):
     assert heavy_imports(statement) == []
 
 
+@pytest.mark.slow
 def test_the_check_of_imports_can_fail():
     """The check above sees a heavy import where there is one."""
     assert heavy_imports("import freezeplan.report.terminal") == ["rich"]

@@ -613,6 +613,7 @@ def test_a_state_dict_is_untouched(toy):
     assert moved(toy, before) == set()
 
 
+@pytest.mark.slow
 def test_compiling_keeps_working(resnet):
     """A compiled model with a plan is one graph, answers the same, and its frozen part stands still."""
     live = apply_plan(resnet, "linear_probe")

@@ -61,6 +61,7 @@ def test_a_detectors_first_stages_stay(files: dict[str, str]) -> None:
     assert held == "held: 90 frozen tensors and buffers are bit-identical"
 
 
+@pytest.mark.slow
 def test_a_grey_model_gives_what_the_one_for_colour_does() -> None:
     """examples/grey.py: the same features; then stem, norms and head learn."""
     features, _, loss, held = run("examples/grey.py").splitlines()
@@ -81,6 +82,7 @@ def test_a_regression_finds_the_disc() -> None:
     assert held.startswith("held: ")
 
 
+@pytest.mark.slow
 def test_one_plan_on_four_architectures() -> None:
     """examples/architectures.py; what each freezes is in the documentation of the preset."""
     first, *lines = run("examples/architectures.py").splitlines()

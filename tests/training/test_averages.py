@@ -193,6 +193,7 @@ def phased(wrap: Callable[[nn.Module], nn.Module]) -> tuple[nn.Module, list[list
     return model, moved
 
 
+@pytest.mark.slow
 def test_a_compiled_model_follows_the_phases() -> None:
     """What a phase thaws gets its gradients although the model was compiled before, and what it freezes gets none."""
     (plain, expected), (model, moved) = phased(lambda model: model), phased(compiled)
@@ -213,6 +214,7 @@ def test_a_frozen_parametrized_weight_stands_still() -> None:
     assert live.verify()
 
 
+@pytest.mark.slow
 def test_an_undone_model_needs_no_freezeplan_to_be_loaded(tmp_path: Path) -> None:
     """Sealed, stepped, attached; then undone and saved whole."""
     model = build()

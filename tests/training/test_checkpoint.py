@@ -181,6 +181,7 @@ def stopped(monkeypatch, after):
     monkeypatch.setattr(Checkpoint, "save", stop)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tiny, tmp_path, monkeypatch, capsys):
     """Through the runner: the damaged file is named, and the figures are those of a run that was not stopped."""
     voc_vgg16(**tiny, out=tmp_path / "whole")
@@ -200,6 +201,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tiny, tmp_path, 
     assert not (tmp_path / "run" / FOLDER).exists()
 
 
+@pytest.mark.slow
 def test_results_of_before_do_not_finish_a_run_that_replaces_them(tiny, tmp_path, monkeypatch):
     """A run with ``overwrite`` that was stopped is gone on with, although the folder holds results."""
     voc_vgg16(**tiny, out=tmp_path)

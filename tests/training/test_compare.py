@@ -151,6 +151,7 @@ def test_a_folder_stands_for_the_plans_in_it(tmp_path):
         load_plans([tmp_path / "empty"])
 
 
+@pytest.mark.slow
 def test_a_comparison_goes_on_where_it_was(tmp_path, photos, monkeypatch):
     out = tmp_path / "out"
     first = compared(out, photos, "linear_probe", lr=[1e-3, 1e-2])
@@ -166,6 +167,7 @@ def test_a_comparison_goes_on_where_it_was(tmp_path, photos, monkeypatch):
     assert [t for t in second["trials"] if t["plan"] == "linear_probe"] == first["trials"]
 
 
+@pytest.mark.slow
 def test_a_damaged_trial_is_trained_again(tmp_path, photos):
     out = tmp_path / "out"
     first = compared(out, photos, "linear_probe", lr=[1e-3])

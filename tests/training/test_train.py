@@ -63,15 +63,18 @@ class Recorder:
         self.epochs.append(epoch)
 
 
-def split(count: int = 20, classes: int = 2) -> Split:
+def split(count: int = 20, classes: int = 2, size: int = 16) -> Split:
     """Images of one colour a class."""
     labels = torch.arange(count) % classes
-    images = (labels[:, None, None, None] * (255 // (classes - 1))).expand(-1, 3, 16, 16).to(torch.uint8).contiguous()
+    shades = labels[:, None, None, None] * (255 // (classes - 1))
+    images = shades.expand(-1, 3, size, size).to(torch.uint8).contiguous()
     return Split(images, {"largest": labels, "first": labels}, nn.functional.one_hot(labels, classes), "largest")
 
 
-def start(classes: int = 2, seed: int = 0, weights: str | Path = "random", model: str = MODEL) -> nn.Module:
-    return build(model, classes=classes, image_size=16, weights=weights, seed=seed)
+def start(
+    classes: int = 2, seed: int = 0, weights: str | Path = "random", model: str = MODEL, size: int = 16
+) -> nn.Module:
+    return build(model, classes=classes, image_size=size, weights=weights, seed=seed)
 
 
 def train(arm: str = "same_lr", model: nn.Module | None = None, settings: Settings = SETTINGS, seed: int = 0) -> Run:
@@ -459,6 +462,7 @@ def test_half_precision_is_near(amp: Amp) -> None:
     assert losses[0] not in losses[1:]
 
 
+@pytest.mark.slow
 def test_a_step_whose_scaled_gradient_overflows_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scale then falls, warm-up does not go on, and training does."""
     model, rates = start(), []
@@ -490,7 +494,9 @@ def test_the_order_in_memory_changes_rounding_alone() -> None:
 
 def _gone_on(settings: Settings, plan: Plan, after: int, folder: Path, model: str = MODEL) -> tuple[Run, Run, Recorder]:
     """A run, and one like it that was stopped after some epochs and went on from its checkpoint."""
-    whole = train_arm(start(model=model), plan, (split(), split(8)), settings, seed=0, progress=Recorder())
+    size = settings.image_size
+    data = split(size=size), split(8, size=size)
+    whole = train_arm(start(model=model, size=size), plan, data, settings, seed=0, progress=Recorder())
     checkpoint = Checkpoint(folder / "one.checkpoint", print)
 
     class Stop(Recorder):
@@ -498,11 +504,12 @@ def _gone_on(settings: Settings, plan: Plan, after: int, folder: Path, model: st
             if epoch.epoch == after:
                 raise KeyboardInterrupt
 
-    data = split(), split(8)
     with pytest.raises(KeyboardInterrupt):
-        train_arm(start(model=model), plan, data, settings, seed=0, progress=Stop(), checkpoint=checkpoint)
+        train_arm(start(model=model, size=size), plan, data, settings, seed=0, progress=Stop(), checkpoint=checkpoint)
     again = Recorder()
-    gone_on = train_arm(start(model=model), plan, data, settings, seed=0, progress=again, checkpoint=checkpoint)
+    gone_on = train_arm(
+        start(model=model, size=size), plan, data, settings, seed=0, progress=again, checkpoint=checkpoint
+    )
     return whole, gone_on, again
 
 
@@ -510,8 +517,19 @@ def _figures(run: Run) -> tuple[object, ...]:
     return [(epoch.train_loss, epoch.val_top1_error) for epoch in run.epochs], run.val, run.train_error, run.predicted
 
 
+HALF = 32
+"""Pixels. With 16 the last convolution gets one pixel, and on some CPUs torch then leaves parts of its bfloat16
+gradient as they were in memory."""
+
+
 @pytest.mark.parametrize(
-    "changes", [{"augment": "crop-flip"}, {"amp": "bf16"}, {"amp": "fp16"}, {"optimizer": "adamw"}]
+    "changes",
+    [
+        {"augment": "crop-flip"},
+        {"amp": "bf16", "image_size": HALF},
+        {"amp": "fp16", "image_size": HALF},
+        {"optimizer": "adamw"},
+    ],
 )
 def test_what_is_stopped_and_goes_on_gives_the_same_bits(changes: dict[str, Any], tmp_path: Path) -> None:
     settings = replace(SETTINGS, epochs=4, **changes)
@@ -538,6 +556,7 @@ PLATEAU = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 2, 3])
 @pytest.mark.parametrize("plan", [PHASES, PLATEAU], ids=["epochs", "plateau"])
 def test_a_plan_with_phases_goes_on_in_the_phase_it_was_in(plan: dict[str, Any], after: int, tmp_path: Path) -> None:

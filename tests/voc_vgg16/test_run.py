@@ -79,6 +79,7 @@ def test_a_run_prints_its_figures_and_writes_them(
     ]
 
 
+@pytest.mark.slow
 def test_all_arms_of_a_seed_start_from_the_same_head_and_body(
     voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,12 +99,14 @@ def test_all_arms_of_a_seed_start_from_the_same_head_and_body(
     assert not torch.equal(started[0][0]["fc.weight"], started[1][0]["fc.weight"])
 
 
+@pytest.mark.slow
 def test_arms_are_trained_in_the_order_they_are_given(voc: Path, tmp_path: Path) -> None:
     out = voc_vgg16(data=voc, out=tmp_path, arm=["same_lr", "frozen_convs", "same_lr"], **QUICK)
 
     assert list(json.loads((out / "results.json").read_text())["arms"]) == ["same_lr", "frozen_convs"]
 
 
+@pytest.mark.slow
 def test_the_number_of_threads_is_put_back(voc: Path, tmp_path: Path) -> None:
     before = torch.get_num_threads()
 
@@ -123,6 +126,7 @@ def test_an_arm_that_did_not_learn_is_marked(voc: Path, tmp_path: Path, capsys: 
     assert "(did not learn)" in printed.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", ["20", "40", "80"])
 def test_narrow_screens_and_no_colour(
     columns: str, voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -178,6 +182,7 @@ def test_results_are_not_overwritten_by_accident(voc: Path, tmp_path: Path) -> N
     voc_vgg16(data=voc, out=tmp_path, arm=["frozen_convs"], overwrite=True, **QUICK)
 
 
+@pytest.mark.slow
 def test_bad_images_are_counted_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_sample(tmp_path, train=40, val=20)
     bad = sorted((data / "VOC2012" / "JPEGImages").iterdir())[3]
@@ -203,6 +208,7 @@ def test_a_plan_without_a_description_is_an_arm(voc: Path, tmp_path: Path) -> No
     assert list(json.loads((out / "results.json").read_text())["arms"]) == ["frozen_convs", "convs"]
 
 
+@pytest.mark.slow
 def test_a_page_that_fails_costs_no_figures(voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> str:
         raise RuntimeError("no page")
@@ -218,6 +224,7 @@ def test_a_page_that_fails_costs_no_figures(voc: Path, tmp_path: Path, monkeypat
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted((*FILES, NAME))
 
 
+@pytest.mark.slow
 def test_the_command_on_the_page_repeats_the_run(
     voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -255,6 +262,7 @@ def test_every_setting_is_an_option() -> None:
     assert {field.name for field in fields(Settings)} <= set(options)
 
 
+@pytest.mark.slow
 def test_what_freezes_the_same_shares_its_features_and_all_share_the_decoded_images(
     voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -352,6 +360,7 @@ def test_errors_are_measured_under_both_rules_and_any(voc: Path, tmp_path: Path)
     assert "by first" in (out / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_plan_with_phases_is_an_arm(voc: Path, tmp_path: Path) -> None:
     out = voc_vgg16(data=voc, out=tmp_path, arm=["frozen_convs"], plan=["gradual_unfreeze"], **QUICK | {"epochs": 2})
 
@@ -419,6 +428,7 @@ def test_features_go_to_the_folder_and_under_the_bound(voc: Path, tmp_path: Path
         voc_vgg16(out=tmp_path / "two", **{**given, "cache_dir": tmp_path / "other"}, cache_limit="0.1K")
 
 
+@pytest.mark.slow
 def test_a_part_of_voc_2012_is_said_to_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_sample(tmp_path, train=20, val=20)
     voc_names = dict(zip(read_voc(data).classes, VOC2012.classes, strict=True))
