@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -133,7 +134,7 @@ def train_arm(
     """
     saved = checkpoint.load() if checkpoint is not None else None
     if saved is not None and "run" in saved:
-        return _run_again(saved["run"])
+        return TypeAdapter(Run).validate_python(saved["run"])
     train, val = data
     _check_shares(data, settings, processes)
     device = train.images.device
@@ -329,12 +330,6 @@ class _Parts:
         torch.set_rng_state(own)
         torch.cuda.set_rng_state_all(cuda)
         return [Epoch(**epoch) for epoch in state["epochs"]], state["metrics"]
-
-
-def _run_again(found: dict[str, Any]) -> Run:
-    epochs = tuple(Epoch(**epoch) for epoch in found["epochs"])
-    val, predicted = Measured(**found["val"]), tuple(found["predicted"])
-    return Run(**{**found, "epochs": epochs, "val": val, "predicted": predicted})
 
 
 def batches(count: int, size: int, order: torch.Generator) -> tuple[Tensor, ...]:

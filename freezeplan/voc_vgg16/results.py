@@ -258,30 +258,19 @@ def write_results(out: Path, results: Mapping[str, Any]) -> None:
 
 
 def _run(run: Run, classes: tuple[str, ...]) -> dict[str, Any]:
-    precision = dict(zip(classes, run.val.average_precision, strict=True))
+    """All fields of a run under their own names, those of its validation errors among them."""
+    found = asdict(run)
+    errors = found.pop("val")
+    precision = dict(zip(classes, errors.pop("average_precision"), strict=True))
     known = [value for value in precision.values() if value is not None]
+    for epoch in found["epochs"]:
+        epoch["train_loss"] = epoch["train_loss"] if math.isfinite(epoch["train_loss"]) else None
     return {
-        "seed": run.seed,
-        "top1_error": run.val.top1_error,
-        "top5_error": run.val.top5_error,
-        "largest_error": run.val.largest_error,
-        "first_error": run.val.first_error,
-        "any_error": run.val.any_error,
-        "train_error": run.train_error,
-        "learned": run.learned,
+        "seed": found.pop("seed"),
+        **errors,
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in found.items()},
         "mean_average_precision": fmean(known) if known else None,
         "average_precision": precision,
-        "predicted": list(run.predicted),
-        "seconds": run.seconds,
-        "features": run.features,
-        "features_computed": run.features_computed,
-        "features_seconds": run.features_seconds,
-        "features_epochs": run.features_epochs,
-        "features_difference": run.features_difference,
-        "epochs": [
-            {**asdict(epoch), "train_loss": epoch.train_loss if math.isfinite(epoch.train_loss) else None}
-            for epoch in run.epochs
-        ],
     }
 
 
