@@ -22,7 +22,6 @@ from freezeplan.errors import ApplyError
 from freezeplan.guard import schedulers
 from freezeplan.guard.guard import Guard
 from freezeplan.model import names
-from freezeplan.model.sharded import is_sharded
 from freezeplan.plan.load import load_plan
 from freezeplan.plan.schema import Plan
 from freezeplan.proof import delta
@@ -182,19 +181,8 @@ class AppliedPlan:
         moved = phases.advance(self.plan.phases, self._progress, self._epochs, epoch, metrics or {})
         after = self.resolution.parts[phases.phase_at(self.plan.phases, moved, self._epochs)]
         changed = after is not before
-        if (
-            changed
-            and _world_size() > 1
-            and not (rewrap or find_unused or all(map(is_sharded, self.model.parameters())))
-        ):
-            raise ApplyError(
-                f"phase {after.phase!r} would begin in {_world_size()} processes: gradients of what it thaws would "
-                "not be synchronised, without an error",
-                notes=[
-                    "either: if applied.step(epoch=e, rewrap=True): model = DistributedDataParallel(module)",
-                    "or: wrap once with find_unused_parameters=True, and applied.step(epoch=e, find_unused=True)",
-                ],
-            )
+        if changed:
+            phases.check_processes(self.model, after.phase, promised=rewrap or find_unused)
         self._progress = moved
         if changed:
             self._enter()
@@ -366,14 +354,8 @@ class AppliedPlan:
             ['probe.safetensors']
         """
         self._check_live()
-        found = (
-            compare(self.model, self.resolution, self._seal, self._guard.optimizers) if self._seal is not None else None
-        )
-        if found is not None and not found:
-            raise ApplyError(
-                f"{len(found.moved)} frozen tensors and buffers moved since the seal, so no base would fit this delta",
-                notes=[str(moved) for moved in found.moved[:3]],
-            )
+        if self._seal is not None:
+            compare(self.model, self.resolution, self._seal, self._guard.optimizers).check_held()
         delta.save(self.model, self.resolution, self.phase, path)
 
     def prefix(self, sample: torch.Tensor) -> Prefix:
@@ -503,8 +485,3 @@ class AppliedPlan:
     def _check_live(self) -> None:
         if applied(self.model) is not self:
             raise ApplyError(f"the plan {self.plan.title!r} is no longer live on this model: it was undone or replaced")
-
-
-def _world_size() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

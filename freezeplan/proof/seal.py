@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from freezeplan.apply.frozen import frozen_values
-from freezeplan.errors import WeightsError, did_you_mean
+from freezeplan.errors import ApplyError, WeightsError, did_you_mean
 from freezeplan.model import names
 from freezeplan.model.digest import digest
 from freezeplan.model.sharded import whole
@@ -55,6 +55,18 @@ class Verification:
             return f"held: {self.checked} frozen tensors and buffers are bit-identical"
         lines = map(str, self.moved)
         return "\n".join([f"{len(self.moved)} of {self.checked} frozen tensors and buffers moved", *lines])
+
+    def check_held(self) -> None:
+        """Refuse to write a delta of a model whose frozen tensors moved.
+
+        Raises:
+            ApplyError: If one did, with the first three.
+        """
+        if self.moved:
+            raise ApplyError(
+                f"{len(self.moved)} frozen tensors and buffers moved since the seal, so no base would fit this delta",
+                notes=[str(moved) for moved in self.moved[:3]],
+            )
 
 
 class Loads:
