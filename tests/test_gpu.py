@@ -102,6 +102,16 @@ def test_a_switch_is_near_float32(arm: str, changes: dict[str, Any], tolerance: 
     assert (switched.features > 0) == (arm == "frozen_convs")
 
 
+@pytest.mark.parametrize("amp", [None, "bf16"])
+def test_steps_are_launched_as_graphs_with_the_same_bits(amp: Any) -> None:
+    """48 images in three batches of 16 over three epochs: all but the first step."""
+    plain, graphed = train("frozen_convs", amp=amp), train("frozen_convs", amp=amp, cuda_graph=True)
+
+    assert (graphed.graphed_steps, graphed.graph_reason) == (8, "")
+    assert losses(graphed) == losses(plain)
+    assert graphed.predicted == plain.predicted
+
+
 @pytest.mark.parametrize("optimizer", ["rmsprop-tf1", "rmsprop", "adamw", "sgd"])
 def test_an_optimizer_learns(optimizer: str) -> None:
     found = losses(train(optimizer=optimizer, epochs=4))

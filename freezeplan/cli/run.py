@@ -172,6 +172,9 @@ def run(
     compile: Annotated[
         bool, typer.Option("--compile", help="Use torch.compile: pays where an epoch takes minutes.")
     ] = False,
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="Launch a step behind cached features as one CUDA graph.")
+    ] = False,
     amp: Annotated[
         Amp | None, typer.Option(**one_of(Amp), help="Autocast; fp16 with a scaled loss.", show_default="float32")
     ] = None,

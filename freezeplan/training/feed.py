@@ -46,7 +46,9 @@ class Feed:
     seconds: float = 0.0
     """That this took."""
     difference: float = 0.0
-    """By how much features change with the number of images in a batch, relative to the largest; measured."""
+    """By how much the features differ from those of a plain step, relative to the largest; measured."""
+    on_device: bool = False
+    """Whether the features of the training split are in the memory of a CUDA device."""
 
 
 def feed(
@@ -102,7 +104,10 @@ def feed(
     computed, seconds = sum(one.computed for one in features), sum(one.seconds for one in features)
     kept = [_Kept(one) for one in features]
     difference = max(one.difference for one in features)
-    return Feed(module, kept[0], kept[1], kept=True, computed=computed, seconds=seconds, difference=difference)
+    return Feed(
+        module, kept[0], kept[1], kept=True, computed=computed, seconds=seconds, difference=difference,
+        on_device=features[0].kept == "device" and features[0].device.type == "cuda",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -58,3 +58,5 @@ class Settings:
     """Run the model, or what is left of it to run on features, and the optimizer's step through ``torch.compile``."""
     amp: Amp | None = None
     """Numbers of matrix products and convolutions under autocast, of fp16 with a scaled loss; None: float32."""
+    cuda_graph: bool = False
+    """On a CUDA device, launch a step behind cached features as one CUDA graph, after a comparison with plain steps."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,11 +22,13 @@ from freezeplan.cache.memory import FeatureDtype
 from freezeplan.errors import FreezePlanWarning, ModelError
 from freezeplan.training.checkpoint import Checkpoint
 from freezeplan.training.feed import Feed, feed
+from freezeplan.training.graph import GraphedStep
 from freezeplan.training.measures import Measured, commonest_error, fraction, measure, predict
 from freezeplan.training.optimizers import make_optimizer
 from freezeplan.training.pixels import Pixels, draw
 from freezeplan.training.processes import Processes
 from freezeplan.training.settings import Amp, Settings
+from freezeplan.training.step import TrainStep, no_graph
 from freezeplan.training.voc import Split
 
 _NUMBERS: Mapping[Amp | None, tuple[torch.dtype, FeatureDtype]] = {
@@ -74,6 +76,10 @@ class Run:
     """Epochs that were trained on features."""
     features_difference: float = 0.0
     """By how much the features differ from those of a plain step, relative to the largest; measured."""
+    graphed_steps: int = 0
+    """Steps that were launched as a CUDA graph."""
+    graph_reason: str = ""
+    """Why others were not; empty where nobody asked for graphs, or where all but the first of a size were."""
     predicted: tuple[int, ...] = ()
     """Index of the class that each validation image was taken for, after the last epoch."""
 
@@ -159,7 +165,9 @@ def train_arm(
             Pixels(model, split, normalise=settings.normalise, channels_last=settings.channels_last) for split in data
         ]
         fed, feeding, features = None, 0.0, _Features()
-        shared: nn.Module | None = None
+        step: TrainStep | None = None
+        take: Callable[[Tensor], Tensor] | None = None
+        graphed, graph_reason = 0, ""
 
         def give() -> Feed:
             nonlocal feeding, features
@@ -194,10 +202,16 @@ def train_arm(
             progress.epoch(epoch)
         for number in range(len(epochs) + 1, settings.epochs + 1):
             if applied.step(epoch=number - 1, metrics=metrics, rewrap=True) or fed is None:
-                shared = None  # of the phase before: it would still sum gradients
+                step = take = None  # of the phase before: what is wrapped would still sum gradients
                 fed = give()
-                shared = processes.shared(fed.module)
-            assert shared is not None
+                step = TrainStep(
+                    fed, processes.shared(fed.module), train.labels, optimizer, scaler, trainable,
+                    settings.clip, processes,
+                )  # fmt: skip
+                graph_reason = no_graph(fed, device, settings.amp, processes) if settings.cuda_graph else ""
+                take = GraphedStep(step, fed.module, optimizer) if settings.cuda_graph and not graph_reason else step
+            assert step is not None
+            assert take is not None
             module = fed.module
             features = replace(features, epochs=features.epochs + fed.kept)
             started = time.perf_counter()
@@ -209,19 +223,16 @@ def train_arm(
             placed = torch.split(torch.cat(drawn).to(device), [len(rows) for rows in drawn])  # one copy an epoch
             for rows in placed:
                 moving = draw(settings.augment, len(rows), train.images.shape[-1], moves)
-                mine = processes.share(rows)
-                with processes.exchanging(), _explained(settings):
-                    images = fed.train(mine, None if moving is None else processes.share(moving))
-                    loss = F.cross_entropy(shared(images), train.labels[mine])
-                    optimizer.zero_grad()
-                    # The mean over the processes of these gradients is the gradient of the whole batch's mean loss.
-                    weighted = loss * (len(mine) * processes.count / len(rows))
-                    scaler.scale(weighted).backward()  # type: ignore[no-untyped-call]
-                loss = loss.detach() * (len(mine) / len(rows))
-                processes.sum([loss])
-                _step(optimizer, schedule, scaler, trainable, settings.clip)
+                scale = scaler.get_scale()
+                with _explained(settings):
+                    loss = take(rows) if moving is None else step(rows, moving)
+                if scaler.get_scale() >= scale:  # a scaled loss's step is left out where a gradient overflows
+                    schedule.step()
                 total += loss * len(rows)
                 progress.batch(len(rows), loss)
+            if isinstance(take, GraphedStep):
+                take.finish()
+                graphed, graph_reason, take.steps = graphed + take.steps, take.reason, 0
             train_loss = float(total) / len(train.labels)
             trained = time.perf_counter()
             _average_statistics(module, processes)
@@ -255,6 +266,8 @@ def train_arm(
         features_seconds=features.seconds,
         features_epochs=features.epochs,
         features_difference=features.difference,
+        graphed_steps=graphed,
+        graph_reason=graph_reason,
         predicted=tuple(logits.argmax(1).tolist()),
     )
     if checkpoint is not None and processes.first:
@@ -270,24 +283,6 @@ class _Features:
     seconds: float = 0.0
     epochs: int = 0
     difference: float = 0.0
-
-
-def _step(
-    optimizer: torch.optim.Optimizer,
-    schedule: LambdaLR,
-    scaler: torch.amp.GradScaler,
-    trainable: list[nn.Parameter],
-    clip: float | None,
-) -> None:
-    """Take a step. A scaled loss's is left out where a gradient overflows: summed, that is in all processes alike."""
-    scaler.unscale_(optimizer)
-    if clip is not None:
-        nn.utils.clip_grad_norm_(trainable, clip)
-    scale = scaler.get_scale()
-    scaler.step(optimizer)
-    scaler.update()
-    if scaler.get_scale() >= scale:
-        schedule.step()
 
 
 @dataclass(frozen=True)

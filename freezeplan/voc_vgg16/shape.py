@@ -98,6 +98,8 @@ class OneRun(Errors):
     features_seconds: float
     features_epochs: Index
     features_difference: float = 0.0
+    graphed_steps: Index = 0
+    graph_reason: str = ""
     epochs: list[Epoch]
 
 

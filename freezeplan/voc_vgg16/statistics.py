@@ -13,7 +13,18 @@ from freezeplan.errors import DataError
 
 ERRORS = ("top1_error", "top5_error", "largest_error", "first_error", "any_error", "train_error")
 NEUTRAL = frozenset(
-    {"device", "threads", "workers", "skip_bad", "cache", "cache_dir", "cache_limit", "channels_last", "compile"}
+    {
+        "device",
+        "threads",
+        "workers",
+        "skip_bad",
+        "cache",
+        "cache_dir",
+        "cache_limit",
+        "channels_last",
+        "compile",
+        "cuda_graph",
+    }
 )
 """Settings that change a figure's last digits at most."""
 
@@ -125,13 +136,17 @@ def saving(runs: Sequence[Mapping[str, Any]]) -> str:
     if not images:
         return ""
     difference = max(run.get("features_difference", 0.0) for run in runs)
-    rounding = f"; they differ by {difference:.1e} of the largest from those of a plain step" if difference else ""
+    notes = f"; they differ by {difference:.1e} of the largest from those of a plain step" if difference else ""
+    if graphed := sum(run.get("graphed_steps", 0) for run in runs):
+        notes += f"; {graphed:,} steps were launched as CUDA graphs"
+    if reason := next((run["graph_reason"] for run in runs if run.get("graph_reason")), ""):
+        notes += f"; no CUDA graph: {reason}"
     if not computed:
-        return f"the features of all {images:,} images were there: no frozen layer was run{rounding}"
+        return f"the features of all {images:,} images were there: no frozen layer was run{notes}"
     passes = sum(run["features"] * run["features_epochs"] for run in runs)
     return (
         f"features of {computed:,} images computed in {seconds:.1f} s and cached, "
-        f"which saves about {max(0.0, seconds * passes / computed - seconds):.0f} s of frozen layers{rounding}"
+        f"which saves about {max(0.0, seconds * passes / computed - seconds):.0f} s of frozen layers{notes}"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +29,7 @@ from freezeplan.training.voc import Split
 from freezeplan.training.weights import load_into
 from freezeplan.voc_vgg16.arms import load_arms
 from freezeplan.voc_vgg16.model import VGG16_SLIM
+from freezeplan.voc_vgg16.statistics import saving
 from freezeplan.voc_vgg16.weights import build, read_weights
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
@@ -448,6 +449,18 @@ def test_kept_features_give_the_same_run() -> None:
     for plain, kept in zip(runs[0].epochs, runs[1].epochs, strict=True):
         assert kept.train_loss == pytest.approx(plain.train_loss, rel=1e-5)
         assert kept.val_top1_error == plain.val_top1_error
+
+
+def test_without_a_cuda_device_no_graph_is_used_and_the_run_says_so() -> None:
+    model, plan, data = start(), load_arms(["frozen_convs"])["frozen_convs"], (split(), split(8))
+    plain, graphed = (
+        train_arm(copy.deepcopy(model), plan, data, replace(SETTINGS, cuda_graph=on), seed=0, progress=Recorder())
+        for on in (False, True)
+    )
+
+    assert _figures(plain) == _figures(graphed)
+    assert (plain.graph_reason, graphed.graph_reason) == ("", "there is no CUDA device")
+    assert saving([asdict(graphed)]).endswith("; no CUDA graph: there is no CUDA device")
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])

@@ -95,6 +95,8 @@ def test_results_have_the_agreed_shape() -> None:
         "features_seconds": 0.0,
         "features_epochs": 0,
         "features_difference": 0.0,
+        "graphed_steps": 0,
+        "graph_reason": "",
         "epochs": [
             {"epoch": 1, "train_loss": 0.5, "val_top1_error": 0.5, "train_seconds": 1.5, "eval_seconds": 0.5},
             {"epoch": 2, "train_loss": 0.25, "val_top1_error": 0.5, "train_seconds": 1.5, "eval_seconds": 0.5},
