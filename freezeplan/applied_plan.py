@@ -333,7 +333,7 @@ class AppliedPlan:
         """Write what the training changed into a file that goes onto the base it was made on, and onto no other.
 
         It holds the trained tensors and moved buffers (safetensors), the plan, the phase, timm's name of the model and
-        timm's version, and the digests of all that stood still. ``freezeplan.load_delta(model, path)`` reads it.
+        timm's version, and the digests of all that did not change. ``freezeplan.load_delta(model, path)`` reads it.
 
         Args:
             path: Where the file goes; it is written under another name and renamed. Where the model is in shards

@@ -1,6 +1,6 @@
 """Delta files: what a training changed, the plan that it followed, and the content hash of what it started from.
 
-A safetensors file with the trained tensors and the buffers that moved. What stood still is in it as digests, so that a
+A safetensors file with the trained tensors and the buffers that moved. What did not change is in it as digests, so that a
 delta goes onto the base that it was made on, and onto no other.
 """
 
@@ -59,9 +59,9 @@ class Delta:
     timm: str
     """The version of timm that made the model; empty for a model that is not timm's."""
     base: str
-    """Content hash (sha256) of all that stood still: of names and ``held``."""
+    """Content hash (sha256) of all that did not change: of names and ``held``."""
     held: Mapping[str, str]
-    """Name of each tensor or buffer that stood still -> its digest (``model.digest``)."""
+    """Name of each tensor or buffer that did not change -> its digest (``model.digest``)."""
     tensors: Mapping[str, Tensor]
     """Name -> trained tensor or moved buffer; the parts of a parametrized one are ``NAME[0]``, ``NAME[1]``."""
 
@@ -277,7 +277,7 @@ def compare(first: Delta, second: Delta) -> tuple[Difference, ...]:
     if first.base != second.base:
         both = [name for name in first.held if name in second.held]
         moved = [name for name in both if first.held[name] != second.held[name]]
-        text = f"the first tensor that differs is {moved[0]}" if moved else "other tensors stood still"
+        text = f"the first tensor that differs is {moved[0]}" if moved else "other tensors are frozen"
         found.append(Difference("base", text))
     for name in [*first.tensors, *(name for name in second.tensors if name not in first.tensors)]:
         one, two = first.tensors.get(name), second.tensors.get(name)

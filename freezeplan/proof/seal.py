@@ -20,7 +20,7 @@ from freezeplan.resolve.resolution import Resolution
 
 @dataclass(frozen=True)
 class Moved:
-    """One tensor or buffer that should have stood still."""
+    """One tensor or buffer that should not have changed."""
 
     name: str
     max_abs: float | None
@@ -39,7 +39,7 @@ class Moved:
 
 @dataclass(frozen=True)
 class Verification:
-    """Whether what was sealed stood still. True in a condition exactly if it did."""
+    """Whether what was sealed is unchanged. True in a condition exactly if it is."""
 
     checked: int
     """Number of tensors and buffers compared."""

@@ -483,7 +483,7 @@ def test_diff_compares_two_deltas(run, model, probe, tmp_path):
 
     assert same == (0, "the same delta\n", "")
     assert code == 1
-    assert lines[:2] == ["plan: linear_probe -> norm_and_head", "base: other tensors stood still"]
+    assert lines[:2] == ["plan: linear_probe -> norm_and_head", "base: other tensors are frozen"]
     assert "fc.bias: differs by up to 0.25" in lines
     assert "bn1.weight: only in the second" in lines
     assert [entry["name"] for entry in data] == [line.partition(":")[0] for line in lines]
@@ -491,7 +491,7 @@ def test_diff_compares_two_deltas(run, model, probe, tmp_path):
 
 
 def test_diff_names_what_two_bases_differ_in(run, probe, tmp_path):
-    """Deltas of two bases: the first tensor that stood still with other values."""
+    """Deltas of two bases: the first frozen tensor with other values."""
     torch.manual_seed(1)
     apply_plan(create_model("test_resnet", num_classes=3), "linear_probe").save_delta(tmp_path / "other.safetensors")
     out = run("delta", "diff", tmp_path / "other.safetensors", probe)[1]
