@@ -1,7 +1,7 @@
 """Delta files: what a training changed, the plan that it followed, and the content hash of what it started from.
 
-A safetensors file with the trained tensors and the buffers that moved. What did not change is in it as digests, so that a
-delta goes onto the base that it was made on, and onto no other.
+A safetensors file with the trained tensors and the buffers that moved. What did not change is in it as digests, so that
+a delta goes onto the base that it was made on, and onto no other.
 """
 
 from __future__ import annotations

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,9 +16,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from freezeplan import AppliedPlan, Plan, apply_plan
 from freezeplan.cache.memory import FeatureDtype
-from freezeplan.errors import FreezePlanWarning, ModelError
+from freezeplan.errors import ModelError
 from freezeplan.training.checkpoint import Checkpoint
-from freezeplan.training.feed import Feed, feed
+from freezeplan.training.feed import Feed
+from freezeplan.training.feeder import Feeder, explained
 from freezeplan.training.graph import GraphedStep
 from freezeplan.training.measures import Measured, commonest_error, fraction, measure, predict
 from freezeplan.training.optimizers import make_optimizer
@@ -164,38 +162,11 @@ def train_arm(
         pixels = [
             Pixels(model, split, normalise=settings.normalise, channels_last=settings.channels_last) for split in data
         ]
-        fed, feeding, features = None, 0.0, _Features()
+        feeder = Feeder(applied, (pixels[0], pixels[1]), settings, _NUMBERS[settings.amp][1], processes, progress.kept)
+        fed: Feed | None = None
         step: TrainStep | None = None
         take: Callable[[Tensor], Tensor] | None = None
         graphed, graph_reason = 0, ""
-
-        def give() -> Feed:
-            nonlocal feeding, features
-            begun = time.perf_counter()
-            with torch.random.fork_rng(devices=devices), _explained(settings):
-                found = feed(
-                    applied, (pixels[0], pixels[1]), batch_size=settings.batch_size, cache=settings.cache,
-                    augmented=settings.augment != "none", limit=settings.cache_limit,
-                    directory=Path(settings.cache_dir) if settings.cache_dir else None,
-                    dtype=_NUMBERS[settings.amp][1], progress=progress.kept,
-                )  # fmt: skip
-            if settings.compile:
-                found.module.compile()
-            if found.blocked_by_augment and processes.first:
-                warnings.warn(
-                    f"{plan.title}: --augment {settings.augment} changes images ahead of what is frozen, so no "
-                    "features are kept and the frozen layers run in every epoch",
-                    FreezePlanWarning,
-                    stacklevel=3,
-                )
-            feeding += time.perf_counter() - begun
-            features = replace(
-                features,
-                computed=features.computed + found.computed,
-                seconds=features.seconds + found.seconds,
-                difference=max(features.difference, found.difference),
-            )
-            return found
 
         logits = None
         for epoch in epochs:
@@ -203,7 +174,7 @@ def train_arm(
         for number in range(len(epochs) + 1, settings.epochs + 1):
             if applied.step(epoch=number - 1, metrics=metrics, rewrap=True) or fed is None:
                 step = take = None  # of the phase before: what is wrapped would still sum gradients
-                fed = give()
+                fed = feeder.feed()
                 step = TrainStep(
                     fed, processes.shared(fed.module), train.labels, optimizer, scaler, trainable,
                     settings.clip, processes,
@@ -213,7 +184,7 @@ def train_arm(
             assert step is not None
             assert take is not None
             module = fed.module
-            features = replace(features, epochs=features.epochs + fed.kept)
+            feeder.epochs += fed.kept
             started = time.perf_counter()
             module.train()
             if not processes.first:  # dropout of its own, also after a resumption
@@ -224,7 +195,7 @@ def train_arm(
             for rows in placed:
                 moving = draw(settings.augment, len(rows), train.images.shape[-1], moves)
                 scale = scaler.get_scale()
-                with _explained(settings):
+                with explained(settings.batch_size):
                     loss = take(rows) if moving is None else step(rows, moving)
                 if scaler.get_scale() >= scale:  # a scaled loss's step is left out where a gradient overflows
                     schedule.step()
@@ -247,11 +218,11 @@ def train_arm(
             if checkpoint is not None and processes.first:
                 checkpoint.save(parts.state(epochs, metrics))
             progress.epoch(epochs[-1])
-        fed = fed or give()
+        fed = fed or feeder.feed()
         if logits is None:  # stopped after the last epoch
             logits = predict(fed.module, fed.val, len(val.labels), settings.batch_size, processes)
         answers = predict(fed.module, fed.train, len(train.labels), settings.batch_size, processes)
-    computed = torch.tensor([features.computed], device=device)
+    computed = torch.tensor([feeder.computed], device=device)
     processes.sum([computed])
     train_error = fraction(answers.argmax(1) != train.labels)
     run = Run(
@@ -260,12 +231,12 @@ def train_arm(
         val=measure(logits, val),
         train_error=train_error,
         learned=math.isfinite(epochs[-1].train_loss) and train_error < commonest_error(train.labels),
-        seconds=feeding + sum(epoch.train_seconds + epoch.eval_seconds for epoch in epochs),
-        features=len(train.labels) + len(val.labels) if features.epochs or fed.kept else 0,
+        seconds=feeder.seconds + sum(epoch.train_seconds + epoch.eval_seconds for epoch in epochs),
+        features=len(train.labels) + len(val.labels) if feeder.epochs or fed.kept else 0,
         features_computed=int(computed),
-        features_seconds=features.seconds,
-        features_epochs=features.epochs,
-        features_difference=features.difference,
+        features_seconds=feeder.features_seconds,
+        features_epochs=feeder.epochs,
+        features_difference=feeder.difference,
         graphed_steps=graphed,
         graph_reason=graph_reason,
         predicted=tuple(logits.argmax(1).tolist()),
@@ -273,16 +244,6 @@ def train_arm(
     if checkpoint is not None and processes.first:
         checkpoint.save({"run": asdict(run)})
     return run
-
-
-@dataclass(frozen=True)
-class _Features:
-    """What was computed, how long that took, and how many epochs were trained on it."""
-
-    computed: int = 0
-    seconds: float = 0.0
-    epochs: int = 0
-    difference: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -367,18 +328,3 @@ def _autocast(settings: Settings, device: torch.device) -> torch.autocast:
     # Over a whole training: what is cached in the first step would be the weights of all others.
     dtype, _ = _NUMBERS[settings.amp]
     return torch.autocast(device.type, dtype, enabled=settings.amp is not None, cache_enabled=False)
-
-
-@contextmanager
-def _explained(settings: Settings) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        notes = [f"--batch-size {max(1, settings.batch_size // 2)}, or a smaller --image-size"]
-        raise ModelError(
-            f"a batch of {settings.batch_size} does not fit in the device's memory", notes=notes
-        ) from error
-    except ValueError as error:
-        if not str(error).startswith("Expected more than 1 value per channel"):
-            raise
-        raise ModelError("a norm layer needs more than one image a batch", notes=["--batch-size 2 or more"]) from error
