@@ -106,7 +106,7 @@ def compare_plans(
     found = read_photos(data, seed=seeds[0], data_dir=data_dir, skip_bad=skip_bad)
     chosen = Settings(
         epochs=epochs, batch_size=batch_size, image_size=image_size or default_image_size(model), lr=rates[0],
-        optimizer="adamw", skip_bad=skip_bad, device=_device(device), amp=amp, threads=threads or cores(),
+        optimizer="adamw", skip_bad=skip_bad, device=device_named(device), amp=amp, threads=threads or cores(),
         workers=workers or cores(), cache=cache, cache_dir=None if cache_dir is None else str(cache_dir),
     )  # fmt: skip
     engine = on_ray(address) if ray else in_turn
@@ -124,7 +124,7 @@ def compare_plans(
         "seeds": ", ".join(map(str, seeds)),
         **({"note": "; ".join(notes)} if notes else {}),
     }
-    _print_facts(stdout, facts)
+    print_facts(stdout, facts)
     with Screen(stderr, len(jobs), epochs) as screen:
         photos = decode_photos(
             found, chosen, seed=seeds[0], transform=eval_transform(model, chosen.image_size), progress=screen.decoded
@@ -169,14 +169,20 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _device(name: str) -> str:
+def device_named(name: str) -> str:
+    """Return ``cpu`` or ``cuda`` for a device that was named; ``auto`` takes CUDA where there is one.
+
+    Raises:
+        FreezePlanError: If CUDA is asked for and not there.
+    """
     there = torch.cuda.is_available()
     if name == "cuda" and not there:
         raise FreezePlanError("--device cuda: torch finds no CUDA device", notes=["--device cpu or --device auto"])
     return "cuda" if name == "auto" and there else "cpu" if name == "auto" else name
 
 
-def _print_facts(console: Console, facts: Mapping[str, str]) -> None:
+def print_facts(console: Console, facts: Mapping[str, str]) -> None:
+    """Print facts by name, in two columns."""
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, style="dim")
     table.add_column(overflow="fold")
