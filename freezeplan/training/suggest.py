@@ -24,6 +24,8 @@ RATES = (1e-3, 3e-4, 3e-3)
 PROBE, FULL, OWN = "linear_probe", "full", "auto_rgn"
 PRESETS = (PROBE, "surgical_last", FULL, OWN, "llrd", "frozen_stages_2")
 """Candidates, in the order of their trials: the cheap ones and what they are measured against first."""
+CHEAP = (PROBE, "surgical_last")
+"""Those that cost little once the features of what they freeze are there."""
 BATCHES = 8
 """Batches of gradients, at most."""
 FEWEST = 5
@@ -184,9 +186,10 @@ def candidates(evidence: Evidence, model: nn.Module) -> tuple[Candidate, ...]:
 
     ``linear_probe`` always, as it costs nearly nothing, and ``full``, which the others are measured against.
 
-    - The probe of the last frozen stage is behind the best one by more than two standard errors: ``surgical_last`` is
-      dropped, since what it freezes has lost what tells the classes apart.
-    - The largest relative gradient is of an early stage: plans that freeze or slow early stages are dropped.
+    - The probe of the last stage that ``surgical_last`` freezes is behind the best one by more than two standard
+      errors: it is dropped, since what it freezes has lost what tells the classes apart.
+    - The largest relative gradient is of an early stage: ``llrd``, which slows these, and ``frozen_stages_2``, which
+      freezes them, are dropped. ``surgical_last`` is not: its trial is cheap and says more.
     - Auto-RGN's plan is dropped where its rates are nearly alike, or none were measured.
 
     Args:
@@ -219,7 +222,9 @@ def _why_dropped(name: str, evidence: Evidence) -> str:
         if least.rate >= ALIKE:
             return f"its rates are nearly alike, the lowest is {least.rate:.2g} (stage {least.stage})"
         return ""
-    if name == "surgical_last" and len(evidence.depths) > 1:
+    if name == "surgical_last":
+        if len(evidence.depths) < 2:
+            return ""
         best, _ = carries_to(evidence.depths)
         last = evidence.depths[-2]
         if last.error > best.error + 2 * best.spread:
@@ -227,6 +232,7 @@ def _why_dropped(name: str, evidence: Evidence) -> str:
                 f"the probe at stage {last.stage}, the last that it freezes, has {100 * last.error:.1f} % error, "
                 f"at stage {best.stage} {100 * best.error:.1f} %"
             )
+        return ""
     if evidence.pulls:
         largest = max(evidence.pulls, key=lambda pull: pull.norm)
         if largest.stage <= FIRST and largest.stage < evidence.pulls[-1].stage:
@@ -235,14 +241,28 @@ def _why_dropped(name: str, evidence: Evidence) -> str:
     return ""
 
 
+def in_order(names: Sequence[str], rates: Sequence[float], seed: int) -> tuple[Job, ...]:
+    """Return the trials in the order in which the budget is spent.
+
+    Plans with a trained part so small that all rates cost little come first, at all rates; the others at the first
+    rate, then at the next.
+
+    Examples:
+        >>> [(job.plan, job.lr) for job in in_order(["linear_probe", "full", "llrd"], (1, 2), seed=0)]
+        [('linear_probe', 1), ('linear_probe', 2), ('full', 1), ('llrd', 1), ('full', 2), ('llrd', 2)]
+    """
+    cheap = [Job(name, rate, seed) for name in names if name in CHEAP for rate in rates]
+    return (*cheap, *(Job(name, rate, seed) for rate in rates for name in names if name not in CHEAP))
+
+
 def try_out(
     left: Mapping[str, Plan], photos: Photos, comparison: Comparison, budget: Budget, watch: Watch, *,
     folder: Path, seed: int, evidence: Evidence, rates: Sequence[float] = RATES,
 ) -> tuple[tuple[Trial, ...], tuple[str, ...]]:  # fmt: skip
-    """Rung (c): train plans for a short time, all at the first rate, then at the next, as far as the budget goes.
+    """Rung (c): train plans for a short time, as far as the budget goes, in the order of ``in_order``.
 
     A trial starts only if what it will take is left. That is estimated from the seconds of the first two rungs and
-    the plan's arithmetic, later from the plan's own first trial. A further rate is tried for all plans or for none.
+    the plan's arithmetic, later from the plan's own trials. So plans may have different numbers of rates.
 
     Args:
         left: Plans by name, in the order of their trials.
@@ -253,37 +273,28 @@ def try_out(
         folder: Keeps each trial; those that are there are not trained again and need no budget.
         seed: Of all trials.
         evidence: Seconds an image.
-        rates: Base learning rates, a round each.
+        rates: Base learning rates.
 
     Returns:
-        The trials, and a sentence for each one that was skipped or failed.
+        The trials, and a sentence for each plan of which some were skipped or failed.
     """
     trials: list[Trial] = []
-    said: list[str] = []
-    tried = dict(left)
-    for number, rate in enumerate(rates):
-        jobs = [Job(name, rate, seed) for name in tried]
-        waiting = [job for job in jobs if read_trial(folder / f"{job.name}.json") is None]
-        seconds = {trial.plan: trial.seconds for trial in trials}
-        if number:
-            needed = sum(seconds[job.plan] for job in waiting)
-            if not tried or needed > budget.left:
-                said += [_skipped(f"trials at lr {rate:g}", needed, budget.left)] if tried else []
-                break
-        for job in jobs:
-            if job in waiting and not number:
-                needed = estimate(tried[job.plan], photos, comparison, evidence)
-                if needed > budget.left:
-                    said.append(_skipped(f"trial of {job.plan}", needed, budget.left))
-                    del tried[job.plan]
-                    continue
-            done, failed = compare([job], comparison, photos, watch, folder=folder)
-            trials += done
-            if failed:
-                said.append(f"trial of {job.plan}: failed, {failed[job].splitlines()[0]}")
-                trials = [trial for trial in trials if trial.plan != job.plan]
-                del tried[job.plan]
-    return tuple(trials), tuple(said)
+    said: dict[str, str] = {}
+    for job in in_order(list(left), rates, seed):
+        if job.plan in said:
+            continue
+        if read_trial(folder / f"{job.name}.json") is None:
+            own = [trial.seconds for trial in trials if trial.plan == job.plan]
+            needed = max(own) if own else estimate(left[job.plan], photos, comparison, evidence)
+            if needed > budget.left:
+                what = f"trials of {job.plan} from lr {job.lr:g} on" if own else f"trials of {job.plan}"
+                said[job.plan] = _skipped(what, needed, budget.left)
+                continue
+        done, failed = compare([job], comparison, photos, watch, folder=folder)
+        trials += done
+        if failed:
+            said[job.plan] = f"trial of {job.name}: failed, {failed[job].splitlines()[0]}"
+    return tuple(trials), tuple(said.values())
 
 
 def estimate(plan: Plan, photos: Photos, comparison: Comparison, evidence: Evidence) -> float:

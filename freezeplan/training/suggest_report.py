@@ -84,8 +84,9 @@ def print_trials(console: Console, found: Suggestion) -> None:
     for sentence in found.skipped:
         console.print(Text(sentence), soft_wrap=True)
     if found.places:
-        print_ranking(console, found.places)
-    console.print(Text(found.decision.sentence, "bold"), soft_wrap=True)
+        print_ranking(console, found.places, found.decision.sentence)
+    else:
+        console.print(Text(found.decision.sentence), soft_wrap=True)
 
 
 def to_svg(evidence: Evidence, title: str) -> bytes:
