@@ -186,8 +186,8 @@ def candidates(evidence: Evidence, model: nn.Module) -> tuple[Candidate, ...]:
 
     ``linear_probe`` always, as it costs nearly nothing, and ``full``, which the others are measured against.
 
-    - The probe of the last stage that ``surgical_last`` freezes is behind the best one by more than two standard
-      errors: it is dropped, since what it freezes has lost what tells the classes apart.
+    - The probe of the last stage that ``surgical_last`` freezes is behind that of an earlier stage by more than two
+      standard errors: it is dropped, since what it freezes has lost what tells the classes apart.
     - The largest relative gradient is of an early stage: ``llrd``, which slows these, and ``frozen_stages_2``, which
       freezes them, are dropped. ``surgical_last`` is not: its trial is cheap and says more.
     - Auto-RGN's plan is dropped where its rates are nearly alike, or none were measured.
@@ -225,7 +225,7 @@ def _why_dropped(name: str, evidence: Evidence) -> str:
     if name == "surgical_last":
         if len(evidence.depths) < 2:
             return ""
-        best, _ = carries_to(evidence.depths)
+        best, _ = carries_to(evidence.depths[:-1])
         last = evidence.depths[-2]
         if last.error > best.error + 2 * best.spread:
             return (
