@@ -193,10 +193,17 @@ def print_facts(console: Console, facts: Mapping[str, str]) -> None:
 
 
 class Screen:
-    """A live line on a terminal: which job runs, how far it is, the last trials; elsewhere a line a trial."""
+    """A live line on a terminal: which job runs, how far it is, the last trials; elsewhere a line a trial.
 
-    def __init__(self, console: Console, jobs: int, epochs: int):
-        self._console, self._jobs, self._epochs = console, jobs, epochs
+    Args:
+        console: Where it is shown.
+        jobs: How many there will be; 0 if that is not known.
+        epochs: Of a job.
+        error: What the error of a trial is called.
+    """
+
+    def __init__(self, console: Console, jobs: int, epochs: int, *, error: str = "validation error"):
+        self._console, self._jobs, self._epochs, self._error = console, jobs, epochs, error
         self._done: list[Text] = []
         self._now = "reading images"
         self._live = Live(get_renderable=self._view, console=console, transient=True, redirect_stdout=False)
@@ -235,14 +242,17 @@ class Screen:
     def finished(self, trial: Trial) -> None:
         """Add the trial's line."""
         text = (
-            f"{len(self._done) + 1}/{self._jobs} {trial.plan}, lr {trial.lr:g}, seed {trial.seed}: validation error "
+            f"{self._number()} {trial.plan}, lr {trial.lr:g}, seed {trial.seed}: {self._error} "
             f"{percent(trial.val_error)} %, {trial.seconds:.1f} s"
         )
         self._line(Text(text))
 
     def failed(self, job: Job, error: FreezePlanError) -> None:
         """Add the failure's line."""
-        self._line(Text(f"{len(self._done) + 1}/{self._jobs} {job.name}: failed: {str(error).splitlines()[0]}", "red"))
+        self._line(Text(f"{self._number()} {job.name}: failed: {str(error).splitlines()[0]}", "red"))
+
+    def _number(self) -> str:
+        return f"{len(self._done) + 1}/{self._jobs}" if self._jobs else str(len(self._done) + 1)
 
     def _line(self, text: Text) -> None:
         self._done.append(text)

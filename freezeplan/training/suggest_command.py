@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from freezeplan.errors import FreezePlanError, OutputError
+from freezeplan.atomic import whole_file
+from freezeplan.errors import OutputError
 from freezeplan.report import terminal
 from freezeplan.training.compare import Comparison, Photos, blank
 from freezeplan.training.compare_command import TRIALS, Screen, cores, device_named, eval_transform, print_facts
 from freezeplan.training.photos import read_photos, split_each_class
 from freezeplan.training.settings import Device, Settings
-from freezeplan.training.suggest import PRESETS, RATES, Budget, suggest
+from freezeplan.training.suggest import RATES, Budget, suggest
 from freezeplan.training.suggest_report import FILES, print_evidence, print_trials, write
 from freezeplan.training.voc import Photo, VocData, load_split
 from freezeplan.training.weights import build, default_image_size, weights_title
@@ -93,7 +94,7 @@ def suggest_plan(
         "model": model, "weights": weights_title(model, weights), "data": found.name, "images": len(found.train),
         "image_size": settings.image_size, "epochs": epochs, "batch_size": batch_size, "seed": seed,
     }  # fmt: skip
-    _check_free(out, resume, request)
+    _claim(out, resume, request)
     start = build(
         model, classes=len(found.classes), image_size=settings.image_size, weights=weights, seed=seed
     ).to(torch.device(settings.device))  # fmt: skip
@@ -101,7 +102,7 @@ def suggest_plan(
     threads_before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
-        with Screen(stderr, len(PRESETS) * len(RATES), epochs) as screen:
+        with Screen(stderr, 0, epochs, error="held-out error") as screen:
             photos = held_out(found, settings, seed, model, screen.decoded)
             suggestion = suggest(start, photos, comparison, limit, screen, folder=out / TRIALS, seed=seed)
     finally:
@@ -112,13 +113,13 @@ def suggest_plan(
         f"out of them, {len(found.classes)} classes; the validation images were not read",
         "images": f"{settings.image_size} pixels",
         "trials": f"{epochs} epochs of AdamW, constant rate, batch size {batch_size}, seed {seed}",
+        "errors": "on the images held out; rate and plan are chosen by the same, so they are a little too low",
         "time": f"{budget - limit.left:.0f} s of {budget:.0f} s",
     }
     print_facts(stdout, facts)
     print_evidence(stdout, suggestion.evidence)
     print_trials(stdout, suggestion)
     plan = write(out, suggestion, blank(model, len(found.classes)), facts, f"{found.name}, {model}")
-    (out / REQUEST).write_text(json.dumps(request), encoding="utf-8")
     stdout.print(f"\nWritten to {out}: {', '.join(FILES)}", soft_wrap=True)
     rate = suggestion.decision.lr
     words = [
@@ -130,20 +131,26 @@ def suggest_plan(
     return 0
 
 
-def _check_free(out: Path, resume: bool, request: dict[str, Any]) -> None:
-    """Refuse a folder that holds another suggestion, or this one where it shall not be gone on with."""
-    if not (out / TRIALS).exists() and not any((out / name).exists() for name in FILES):
-        return
-    if not resume:
-        raise OutputError("already holds a suggestion", where=str(out), notes=["--resume goes on with it"])
+def _claim(out: Path, resume: bool, request: dict[str, Any]) -> None:
+    """Write down what is asked for; refuse a folder with another suggestion, or with this one without ``resume``."""
+    if (out / TRIALS).exists() or any((out / name).exists() for name in FILES):
+        if not resume:
+            raise OutputError("already holds a suggestion", where=str(out), notes=["--resume goes on with it"])
+        try:
+            before = json.loads((out / REQUEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise OutputError("does not say what its trials were for", where=str(out), notes=["--out DIR"]) from None
+        other = [key for key in request if before.get(key) != request[key]]
+        if other:
+            found = ", ".join(f"{key} {before.get(key)}, now {request[key]}" for key in other)
+            notes = ["give another --out"]
+            raise OutputError(f"holds a suggestion for something else: {found}", where=str(out), notes=notes)
     try:
-        before = json.loads((out / REQUEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    other = [key for key in request if before.get(key) != request[key]]
-    if other:
-        found = ", ".join(f"{key} {before.get(key)}, now {request[key]}" for key in other)
-        raise FreezePlanError(f"{out} holds a suggestion for something else: {found}", notes=["give another --out"])
+        out.mkdir(parents=True, exist_ok=True)
+        with whole_file(out / REQUEST) as temporary:
+            temporary.write_text(json.dumps(request), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror or error}", where=str(out)) from error
 
 
 def fewer(data: VocData, images: int, seed: int) -> VocData:

@@ -143,14 +143,16 @@ def plan_text(found: Suggestion, model: nn.Module, facts: Mapping[str, str]) -> 
     for line in dump(plan, comments=behind).splitlines():
         if line.startswith("  - "):
             lines.append(f"  # {next(notes)}")
-        elif line.startswith(("default:", "layer_decay:")):
-            lines.append(f"# {_whole(found)}")
+        elif line.startswith("default:"):
+            lines.append(f"# what no rule decides; {_whole(found)}")
+        elif line.startswith("layer_decay:"):
+            lines.append(f"# each layer slower than the next one; {_whole(found)}")
         lines.append(line)
     return "\n".join(lines) + "\n"
 
 
 def _described(found: Suggestion) -> str:
-    return f"The plan {found.decision.plan}, suggested by short trials."
+    return f"The plan {found.decision.plan}, suggested {'by short trials' if found.places else 'without a trial'}."
 
 
 def _place(place: Place) -> str:
