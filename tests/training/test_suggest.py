@@ -25,7 +25,7 @@ from freezeplan.training.compare import Comparison, Job, Photos, blank
 from freezeplan.training.compare_command import compare_plans
 from freezeplan.training.gradients import Pull, auto_rgn, fit_head, relative_gradient_norms, scored
 from freezeplan.training.photos import read_photos
-from freezeplan.training.probe import Depth, carries_to, depth_profile, ridge_error, stage_features
+from freezeplan.training.probe import Depth, carries_to, depth_profile, linear_head, ridge_error, stage_features
 from freezeplan.training.ranking import Trial, rank
 from freezeplan.training.settings import Settings
 from freezeplan.training.suggest import Budget, Evidence, candidates, decide, estimate, try_out
@@ -205,6 +205,13 @@ def test_the_head_is_at_the_minimum_of_its_loss():
 
     assert all(float(gradient.abs().max()) < 0.02 for gradient in gradients)
     assert float(weight.detach().abs().max()) > 0.1
+
+
+@pytest.mark.parametrize(("name", "there"), [("test_resnet", True), ("deit_tiny_distilled_patch16_224", False)])
+def test_a_classifier_of_several_layers_is_not_fitted_on_features(name, there):
+    model = blank(name, 3)
+
+    assert (linear_head(model, describe(model)) is not None) is there
 
 
 def test_auto_rgn_gives_every_stage_its_rate_and_no_rate_below_the_least():
