@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import freezeplan
-from freezeplan.cli import cache, compare, importing, plans, proof, run
+from freezeplan.cli import cache, compare, importing, plans, proof, run, suggest
 from freezeplan.errors import FreezePlanError
 from freezeplan.report import terminal
 
@@ -62,6 +62,7 @@ app.command("import")(importing.import_)
 app.command()(plans.forecast)
 app.command()(plans.presets)
 app.command()(proof.verify)
+app.command()(suggest.suggest)
 app.command()(compare.compare)
 app.command()(run.run)
 app.command()(run.report)

@@ -53,7 +53,7 @@ class Photos:
     held_out: Split
     """Images held out of the training images, then the validation images."""
     choice: int
-    """Number of the former."""
+    """Number of the former; 0: all are both, so that what is chosen by them looks a little too good."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def train_one(job: Job, comparison: Comparison, photos: Photos, progress: Progre
         plan=job.plan,
         lr=job.lr,
         seed=job.seed,
-        choice_error=sum(choice) / len(choice),
+        choice_error=sum(choice or val) / len(choice or val),
         val_error=sum(val) / len(val),
         train_error=run.train_error,
         seconds=time.perf_counter() - started,

@@ -106,7 +106,7 @@ def compare_plans(
     found = read_photos(data, seed=seeds[0], data_dir=data_dir, skip_bad=skip_bad)
     chosen = Settings(
         epochs=epochs, batch_size=batch_size, image_size=image_size or default_image_size(model), lr=rates[0],
-        optimizer="adamw", skip_bad=skip_bad, device=_device(device), amp=amp, threads=threads or cores(),
+        optimizer="adamw", skip_bad=skip_bad, device=device_named(device), amp=amp, threads=threads or cores(),
         workers=workers or cores(), cache=cache, cache_dir=None if cache_dir is None else str(cache_dir),
     )  # fmt: skip
     engine = on_ray(address) if ray else in_turn
@@ -124,7 +124,7 @@ def compare_plans(
         "seeds": ", ".join(map(str, seeds)),
         **({"note": "; ".join(notes)} if notes else {}),
     }
-    _print_facts(stdout, facts)
+    print_facts(stdout, facts)
     with Screen(stderr, len(jobs), epochs) as screen:
         photos = decode_photos(
             found, chosen, seed=seeds[0], transform=eval_transform(model, chosen.image_size), progress=screen.decoded
@@ -169,14 +169,20 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _device(name: str) -> str:
+def device_named(name: str) -> str:
+    """Return ``cpu`` or ``cuda`` for a device that was named; ``auto`` takes CUDA where there is one.
+
+    Raises:
+        FreezePlanError: If CUDA is asked for and not there.
+    """
     there = torch.cuda.is_available()
     if name == "cuda" and not there:
         raise FreezePlanError("--device cuda: torch finds no CUDA device", notes=["--device cpu or --device auto"])
     return "cuda" if name == "auto" and there else "cpu" if name == "auto" else name
 
 
-def _print_facts(console: Console, facts: Mapping[str, str]) -> None:
+def print_facts(console: Console, facts: Mapping[str, str]) -> None:
+    """Print facts by name, in two columns."""
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, style="dim")
     table.add_column(overflow="fold")
@@ -187,10 +193,17 @@ def _print_facts(console: Console, facts: Mapping[str, str]) -> None:
 
 
 class Screen:
-    """A live line on a terminal: which job runs, how far it is, the last trials; elsewhere a line a trial."""
+    """A live line on a terminal: which job runs, how far it is, the last trials; elsewhere a line a trial.
 
-    def __init__(self, console: Console, jobs: int, epochs: int):
-        self._console, self._jobs, self._epochs = console, jobs, epochs
+    Args:
+        console: Where it is shown.
+        jobs: How many there will be; 0 if that is not known.
+        epochs: Of a job.
+        error: What the error of a trial is called.
+    """
+
+    def __init__(self, console: Console, jobs: int, epochs: int, *, error: str = "validation error"):
+        self._console, self._jobs, self._epochs, self._error = console, jobs, epochs, error
         self._done: list[Text] = []
         self._now = "reading images"
         self._live = Live(get_renderable=self._view, console=console, transient=True, redirect_stdout=False)
@@ -229,14 +242,17 @@ class Screen:
     def finished(self, trial: Trial) -> None:
         """Add the trial's line."""
         text = (
-            f"{len(self._done) + 1}/{self._jobs} {trial.plan}, lr {trial.lr:g}, seed {trial.seed}: validation error "
+            f"{self._number()} {trial.plan}, lr {trial.lr:g}, seed {trial.seed}: {self._error} "
             f"{percent(trial.val_error)} %, {trial.seconds:.1f} s"
         )
         self._line(Text(text))
 
     def failed(self, job: Job, error: FreezePlanError) -> None:
         """Add the failure's line."""
-        self._line(Text(f"{len(self._done) + 1}/{self._jobs} {job.name}: failed: {str(error).splitlines()[0]}", "red"))
+        self._line(Text(f"{self._number()} {job.name}: failed: {str(error).splitlines()[0]}", "red"))
+
+    def _number(self) -> str:
+        return f"{len(self._done) + 1}/{self._jobs}" if self._jobs else str(len(self._done) + 1)
 
     def _line(self, text: Text) -> None:
         self._done.append(text)

@@ -75,8 +75,8 @@ def size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
-def print_ranking(console: Console, places: Sequence[Place]) -> None:
-    """Print the ranking as a table, and the verdict."""
+def print_ranking(console: Console, places: Sequence[Place], sentence: str = "") -> None:
+    """Print the ranking as a table, and the verdict, or another sentence in its place."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     for name, justify in COLUMNS:
         table.add_column(name, justify=justify, no_wrap=True, overflow="fold")  # type: ignore[arg-type]
@@ -87,7 +87,7 @@ def print_ranking(console: Console, places: Sequence[Place]) -> None:
     console.print(table)
     console.print(Text(LEGEND, "dim"), soft_wrap=True)
     console.print()
-    console.print(Text(verdict(places)), soft_wrap=True)
+    console.print(Text(sentence or verdict(places)), soft_wrap=True)
 
 
 def to_svg(places: Sequence[Place], title: str) -> bytes:

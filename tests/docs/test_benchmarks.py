@@ -22,3 +22,69 @@ def test_the_benchmark_of_a_gpu_runs_small_on_the_cpu(tmp_path):
     assert list(found["arms"]) == ["scratch", "frozen_convs", "low_conv_lr", "same_lr"]
     assert all(value > 0 for value in (*found["seconds"].values(), *found["goals"].values()))
     assert done.stdout.count("met") + done.stdout.count("MISSED") == 4
+
+
+ONLY_OPTIONS = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, "benchmarks")
+sys.argv = sys.argv[1:]
+import suggest
+suggest.run = lambda *_: {}
+suggest.show = lambda records: print(json.dumps(json.loads(Path(sys.argv[-1]).read_text())["options"]))
+suggest.main()
+"""
+"""Prints the options of a command of the benchmark, without running a setting."""
+
+
+def record(data: str, errors: dict[str, float], suggested: str, lr: float = 1e-3) -> dict:
+    """A setting of ``benchmarks/suggest.py`` whose presets took a second at each of two rates, one of them bad."""
+    presets = (
+        "linear_probe",
+        "surgical_last",
+        "frozen_stages_2",
+        "discriminative",
+        "llrd",
+        "norm_and_head",
+        "lp_ft",
+        "full",
+    )
+    all_errors = {plan: errors.get(plan, 0.9) for plan in presets}
+    trials = [
+        {"plan": plan, "lr": rate, "val_error": error + (rate == 3e-3) * 0.05, "seconds": 1.0}
+        for plan, error in all_errors.items()
+        for rate in (1e-3, 3e-3)
+    ]
+    ranking = [{"plan": plan, "val_error": error, "lr": 1e-3} for plan, error in all_errors.items()]
+    return {
+        "data": data, "shift": "as it is", "seed": 0, "images": [4, 4], "all_seconds": 16.0, "ranking": ranking,
+        "trials": trials, "suggest_seconds": 4.0,
+        "suggested": {"plan": suggested, "lr": lr, "ranking": [{"plan": suggested, "lr": lr}]},
+    }  # fmt: skip
+
+
+def test_the_regret_of_suggestions_is_counted_against_the_best_preset(tmp_path):
+    """Nothing is computed where the results are there; the static preset is chosen on the other data sets alone."""
+    records = [
+        record("one", {"full": 0.1, "llrd": 0.2, "linear_probe": 0.3}, "llrd"),
+        record("two", {"full": 0.4, "llrd": 0.2, "linear_probe": 0.3}, "llrd", lr=3e-3),
+    ]
+    file = tmp_path / "suggest.json"
+    command = [sys.executable, "benchmarks/suggest.py", "one_voc.tar", "two_voc.tar", "--shift", "as it is"]
+    first = subprocess.run(
+        [sys.executable, "-c", ONLY_OPTIONS, *command[1:], "--json", str(file)],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    file.write_text(json.dumps({"options": json.loads(first.stdout), "machine": {}, "records": records}))
+
+    done = subprocess.run([*command, "--json", str(file)], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    table = {row[0]: row[1:] for row in rows}
+    assert table["one, as it is"][-3:] == ["llrd, 0.001", "20.0", "4 of 16"]
+    assert table["two, as it is"][-3:] == ["llrd, 0.003", "25.0", "4 of 16"]
+    assert table["suggest"] == ["2", "7.5", "3.5", "10.0", "0", "25 %"]
+    assert table["always full"] == ["2", "10.0", "14.1", "20.0", "1", "12 %"]
+    assert table["always linear_probe"] == ["2", "15.0", "7.1", "20.0", "0", "12 %"]
+    assert table["best static preset"] == ["2", "15.0", "7.1", "20.0", "0", "12 %"]

@@ -74,7 +74,7 @@ FILES = {
 RUN, PARSED = "run", "parsed"
 COMMANDS = {
     # minutes, or a network and a GPU; tests/voc_vgg16/test_run.py runs the experiment
-    r"freezeplan (run|compare) .*|torchrun .*": PARSED,
+    r"freezeplan (run|compare|suggest) .*|torchrun .*": PARSED,
     r"freezeplan .*": RUN,
     r"pip install .*": "needs the network; .ci/run does it",
     r"python -m venv .*|\. .*/activate": "makes an environment; .ci/run does it",

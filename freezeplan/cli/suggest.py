@@ -1,0 +1,87 @@
+"""The command ``suggest``: one plan for one's own photos, with its evidence."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from freezeplan.cli import completion
+from freezeplan.cli.options import one_of
+from freezeplan.errors import MissingExtraError
+from freezeplan.training.settings import Device
+
+
+def seconds(text: str) -> float:
+    """Read a time, in seconds where no unit is given.
+
+    Raises:
+        typer.BadParameter: If it is none.
+
+    Examples:
+        >>> seconds("2m"), seconds("90s"), seconds("1.5h"), seconds("30")
+        (120.0, 90.0, 5400.0, 30.0)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
+    if found is None or float(found[1]) == 0:
+        raise typer.BadParameter(f"expected a time such as 90s, 2m or 1h, found {text!r}", param_hint="--budget")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def suggest(
+    data: Annotated[
+        str,
+        typer.Option(metavar="DATA", help="Class folders, a tar of them, a table, VOC's layout, or hfds/NAME."),
+    ],
+    model: Annotated[str, typer.Option(help="A timm model name.", autocompletion=completion.models)],
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|random", help="safetensors or a checkpoint.", show_default="timm's pretrained"),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where a data set that timm reads is kept.")
+    ] = None,
+    budget: Annotated[
+        str, typer.Option(metavar="TIME", help="Time for everything, about: 90s, 2m, 1h. What is longer is skipped.")
+    ] = "2m",
+    images: Annotated[int, typer.Option(min=4, help="Training images that are used, at most.")] = 1000,
+    epochs: Annotated[int, typer.Option(min=1, help="Of a trial.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 32,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side in pixels.", show_default="the model's own")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of images, folds, heads and trials.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the plan goes.", show_default="runs/suggest-DATE-TIME")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Take the trials that --out holds; they cost no time.")
+    ] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out broken images, and classes that are in one split only.")
+    ] = False,
+    device: Annotated[Device, typer.Option(**one_of(Device), help="auto: CUDA where there is one.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads inside torch.", show_default="one a core")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads that decode images.", show_default="one a core")
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where features are.", show_default="the user's cache folder")
+    ] = None,
+) -> None:
+    """Suggest a plan for your photos: a probe at each stage, gradients of each stage, short trials.
+
+    It writes a plan file whose comments say what was measured. The validation images are not read.
+    """
+    limit = seconds(budget)
+    try:
+        from freezeplan.training.suggest_command import suggest_plan
+    except ModuleNotFoundError as error:
+        raise MissingExtraError.of(error, "run") from None
+    suggest_plan(
+        model=model, data=data, weights=weights, data_dir=data_dir, budget=limit, images=images, epochs=epochs,
+        batch_size=batch_size, image_size=image_size, seed=seed, out=out, resume=resume, skip_bad=skip_bad,
+        device=device, threads=threads, workers=workers, cache_dir=cache_dir,
+    )  # fmt: skip

@@ -1,0 +1,202 @@
+"""``freezeplan suggest``: from what was typed to a commented plan file and the command that trains it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from freezeplan.atomic import whole_file
+from freezeplan.errors import OutputError
+from freezeplan.report import terminal
+from freezeplan.training.compare import Comparison, Photos, blank
+from freezeplan.training.compare_command import TRIALS, Screen, cores, device_named, eval_transform, print_facts
+from freezeplan.training.photos import read_photos, split_each_class
+from freezeplan.training.settings import Device, Settings
+from freezeplan.training.suggest import RATES, Budget, suggest
+from freezeplan.training.suggest_report import FILES, print_evidence, print_trials, write
+from freezeplan.training.voc import Photo, VocData, load_split
+from freezeplan.training.weights import build, default_image_size, weights_title
+
+HELD = 0.3
+"""Part of each class's training images that the trials are measured on."""
+REQUEST = "request.json"
+"""What was asked for, below ``--out``: trials are taken again only for the same."""
+
+
+def suggest_plan(
+    *,
+    model: str,
+    data: str,
+    weights: str | None = None,
+    data_dir: Path | None = None,
+    budget: float = 120.0,
+    images: int = 1000,
+    epochs: int = 3,
+    batch_size: int = 32,
+    image_size: int | None = None,
+    seed: int = 0,
+    out: Path | None = None,
+    resume: bool = False,
+    skip_bad: bool = False,
+    device: Device = "auto",
+    threads: int | None = None,
+    workers: int | None = None,
+    cache_dir: Path | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> int:
+    """Suggest a plan for one's own photos, print its evidence, and write it to a folder.
+
+    The validation images are never read, so that a training of the plan can be measured on them.
+
+    Args:
+        model: A timm model name.
+        data: See ``read_photos``.
+        weights: A file, ``random``, or None for timm's pretrained weights.
+        data_dir: Where a data set of timm's is kept.
+        budget: Seconds for all three rungs; a rung or trial that would take longer is skipped.
+        images: Training images that are used at most, of each class its share.
+        epochs: Of a trial.
+        batch_size: Images a step, at most.
+        image_size: Side in pixels; None: what the model was trained on.
+        seed: Of the images, folds, heads and trials.
+        out: None: ``runs/suggest-DATE-TIME``.
+        resume: Take the trials that ``out`` holds; they cost no budget.
+        skip_bad: Leave out images that do not decode and classes that are in one split only.
+        device: ``auto`` takes CUDA where there is one.
+        threads: Threads inside torch; None: one a core.
+        workers: Threads that decode images; None: one a core.
+        cache_dir: Where features of frozen layers are kept; None: the user's cache folder.
+        clock: Seconds, for the budget.
+
+    Returns:
+        0.
+
+    Raises:
+        FreezePlanError: If the data, the model or its weights are no good, or ``out`` is not free.
+    """
+    stdout, stderr = terminal.stdout(), terminal.stderr()
+    limit = Budget(budget, clock)
+    out = out or Path("runs") / time.strftime("suggest-%Y%m%d-%H%M%S")
+    found = fewer(read_photos(data, seed=seed, data_dir=data_dir, skip_bad=skip_bad), images, seed)
+    settings = Settings(
+        epochs=epochs, batch_size=batch_size, image_size=image_size or default_image_size(model), lr=RATES[0],
+        optimizer="adamw", skip_bad=skip_bad, device=device_named(device), threads=threads or cores(),
+        workers=workers or cores(), cache_dir=None if cache_dir is None else str(cache_dir),
+    )  # fmt: skip
+    request = {
+        "model": model, "weights": weights_title(model, weights), "data": found.name, "images": len(found.train),
+        "image_size": settings.image_size, "epochs": epochs, "batch_size": batch_size, "seed": seed,
+    }  # fmt: skip
+    _claim(out, resume, request)
+    start = build(
+        model, classes=len(found.classes), image_size=settings.image_size, weights=weights, seed=seed
+    ).to(torch.device(settings.device))  # fmt: skip
+    comparison = Comparison({}, settings, model, weights, len(found.classes))
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        with Screen(stderr, 0, epochs, error="held-out error") as screen:
+            photos = held_out(found, settings, seed, model, screen.decoded)
+            suggestion = suggest(start, photos, comparison, limit, screen, folder=out / TRIALS, seed=seed)
+    finally:
+        torch.set_num_threads(threads_before)
+    facts = {
+        "model": f"{model}; weights: {weights_title(model, weights)}",
+        "data": f"{found.name}: {len(photos.train.labels):,} training images and {len(photos.held_out.labels):,} held "
+        f"out of them, {len(found.classes)} classes; the validation images were not read",
+        "images": f"{settings.image_size} pixels",
+        "trials": f"{epochs} epochs of AdamW, constant rate, batch size {batch_size}, seed {seed}",
+        "errors": "on the images held out; rate and plan are chosen by the same, so they are a little too low",
+        "time": f"{budget - limit.left:.0f} s of {budget:.0f} s",
+    }
+    print_facts(stdout, facts)
+    print_evidence(stdout, suggestion.evidence)
+    print_trials(stdout, suggestion)
+    plan = write(out, suggestion, blank(model, len(found.classes)), facts, f"{found.name}, {model}")
+    stdout.print(f"\nWritten to {out}: {', '.join(FILES)}", soft_wrap=True)
+    rate = suggestion.decision.lr
+    words = [
+        "freezeplan", "compare", str(plan), "--model", model, "--data", data,
+        *(["--weights", weights] if weights else []), "--image-size", str(settings.image_size),
+        *(["--lr", f"{rate:g}"] if rate else []),
+    ]  # fmt: skip
+    stdout.print(f"Train it fully:\n{shlex.join(words)}", soft_wrap=True)
+    return 0
+
+
+def _claim(out: Path, resume: bool, request: dict[str, Any]) -> None:
+    """Write down what is asked for; refuse a folder with another suggestion, or with this one without ``resume``."""
+    if (out / TRIALS).exists() or any((out / name).exists() for name in FILES):
+        if not resume:
+            raise OutputError("already holds a suggestion", where=str(out), notes=["--resume goes on with it"])
+        try:
+            before = json.loads((out / REQUEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise OutputError("does not say what its trials were for", where=str(out), notes=["--out DIR"]) from None
+        other = [key for key in request if before.get(key) != request[key]]
+        if other:
+            found = ", ".join(f"{key} {before.get(key)}, now {request[key]}" for key in other)
+            notes = ["give another --out"]
+            raise OutputError(f"holds a suggestion for something else: {found}", where=str(out), notes=notes)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with whole_file(out / REQUEST) as temporary:
+            temporary.write_text(json.dumps(request), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror or error}", where=str(out)) from error
+
+
+def fewer(data: VocData, images: int, seed: int) -> VocData:
+    """Return the data with at most about ``images`` training images, of each class its share and at least two.
+
+    Args:
+        data: What ``read_photos`` returned.
+        images: How many.
+        seed: Decides which.
+    """
+    if len(data.train) <= images:
+        return data
+    kept = split_each_class(data.train, seed, images / len(data.train))[1]
+    lone: dict[str, list[Photo]] = {}
+    for photo in kept:
+        lone.setdefault(photo.objects[0].name, []).append(photo)
+    files = {photo.file for photo in kept}
+    for photo in data.train:  # a class with a single image could not be held out
+        mine = lone[photo.objects[0].name]
+        if len(mine) < 2 and photo.file not in files:
+            mine.append(photo)
+            files.add(photo.file)
+    return replace(data, train=tuple(photo for photo in data.train if photo.file in files))
+
+
+def held_out(data: VocData, settings: Settings, seed: int, model: str, progress: Callable[[int, int], None]) -> Photos:
+    """Decode the training images alone, a part of each class held out of them.
+
+    Args:
+        data: With training images; its validation images are not read.
+        settings: Of the trials.
+        seed: Of the images that are held out.
+        model: Whose transform is used.
+        progress: Is told how many images of a list are done.
+
+    Raises:
+        DataError: If an image does not decode and ``settings.skip_bad`` is off.
+    """
+    train, held = split_each_class(data.train, seed, HELD)
+    parted = replace(data, train=tuple(train), val=tuple(held))
+    transform = eval_transform(model, settings.image_size)
+    sides = [
+        load_split(
+            parted, split, image_size=settings.image_size, rule=settings.label, transform=transform,
+            workers=settings.workers, skip_bad=settings.skip_bad, progress=progress,
+        ).to(torch.device(settings.device))
+        for split in ("train", "val")
+    ]  # fmt: skip
+    return Photos(sides[0], sides[1], 0)
