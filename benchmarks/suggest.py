@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import platform
 import shutil
@@ -96,33 +97,60 @@ def some(photos: Sequence[Photo], images: int) -> Sequence[Photo]:
     return split_each_class(photos, 0, images / len(photos))[1]
 
 
-def run(data: Path, shift: str, seed: int, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run one setting: all presets, then the suggestion, then the suggested plan if it is no preset."""
-    photos = folder / f"{data.name.split('_')[0].split('.')[0]}"
-    counts = write_photos(data, shift, photos, given.images)
+def run(
+    data: Path, shift: str, seed: int, given: argparse.Namespace, known: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Run one setting: all presets, then the suggestion, then the suggested plan if it is no preset.
+
+    Args:
+        data: The data set.
+        shift: How its photos are changed.
+        seed: Of everything but the choice of photos.
+        given: What was typed.
+        known: A record of this setting, whose presets are not trained again; None: there is none.
+    """
+    folder = Path(tempfile.mkdtemp())
+    photos = folder / name_of(data)
     shared: dict[str, Any] = {
         "model": given.model, "data": str(photos), "weights": given.weights, "epochs": given.epochs,
         "image_size": given.image_size, "batch_size": given.batch_size, "threads": given.threads,
     }  # fmt: skip
-    compare_plans(PRESETS, seed=[seed], out=folder / "all", cache_dir=folder / "cache-all", **shared)
-    compared = json.loads((folder / "all" / "results.json").read_text(encoding="utf-8"))
-    everything = sum(trial["seconds"] for trial in compared["trials"])
+    try:
+        record = {
+            "data": photos.name, "shift": shift, "seed": seed, "images": write_photos(data, shift, photos, given.images)
+        }  # fmt: skip
+        if known is None:
+            compare_plans(PRESETS, seed=[seed], out=folder / "all", cache_dir=folder / "cache-all", **shared)
+            found = json.loads((folder / "all" / "results.json").read_text(encoding="utf-8"))
+            seconds = sum(trial["seconds"] for trial in found["trials"])
+            record |= {"all_seconds": seconds, "ranking": found["ranking"], "trials": found["trials"]}
+        else:
+            own = [trial for trial in known["trials"] if trial["plan"] in PRESETS]
+            record |= {"all_seconds": known["all_seconds"], "ranking": known["ranking"], "trials": own}
+        return {**record, **suggested(record, given.budget_share, folder, shared)}
+    finally:
+        shutil.rmtree(folder)
+
+
+def suggested(record: Mapping[str, Any], share: float, folder: Path, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """Run the suggestion within its share of the time, and train its plan if that is no preset."""
+    seed, budget = record["seed"], share * record["all_seconds"]
     began = time.perf_counter()
-    suggest_plan(
-        seed=seed, out=folder / "one", cache_dir=folder / "cache-one", budget=given.budget_share * everything, **shared
-    )
+    suggest_plan(seed=seed, out=folder / "one", cache_dir=folder / "cache-one", budget=budget, **shared)
     seconds = time.perf_counter() - began
-    suggested = json.loads((folder / "one" / "suggestion.json").read_text(encoding="utf-8"))
-    trials = compared["trials"]
-    if suggested["plan"] not in PRESETS:
-        own = {"seed": [seed], "lr": [suggested["lr"]], "out": folder / "own", "cache_dir": folder / "cache-one"}
+    found = json.loads((folder / "one" / "suggestion.json").read_text(encoding="utf-8"))
+    trials = record["trials"]
+    if found["plan"] not in PRESETS:
+        own = {"seed": [seed], "lr": [found["lr"]], "out": folder / "own", "cache_dir": folder / "cache-one"}
         compare_plans([str(folder / "one" / "suggested.yaml")], **own, **shared)
         (trial,) = json.loads((folder / "own" / "results.json").read_text(encoding="utf-8"))["trials"]
-        trials = [*trials, {**trial, "plan": suggested["plan"]}]
-    return {
-        "data": photos.name, "shift": shift, "seed": seed, "images": counts, "all_seconds": everything,
-        "ranking": compared["ranking"], "trials": trials, "suggest_seconds": seconds, "suggested": suggested,
-    }  # fmt: skip
+        trials = [*trials, {**trial, "plan": found["plan"]}]
+    return {"trials": trials, "suggest_seconds": seconds, "suggested": found}
+
+
+def name_of(data: Path) -> str:
+    """Return what a data set is called: ``flowers5`` for ``flowers5_voc.tar``."""
+    return data.name.partition("_")[0].partition(".")[0]
 
 
 def choices(records: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
@@ -213,6 +241,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--budget-share", type=float, default=0.15, help="of the seconds of trying all, for suggest")
     parser.add_argument("--json", type=Path, help="keeps the results; those in it are not computed again")
+    parser.add_argument("--again", action="store_true", help="suggest anew where the file has a setting's presets")
     given = parser.parse_args()
     asked = ("model", "weights", "images", "epochs", "image_size", "batch_size", "threads", "budget_share")
     options = {key: getattr(given, key) for key in asked} | {"rates": list(RATES), "presets": list(PRESETS)}
@@ -224,22 +253,17 @@ def main() -> None:
         records = kept.pop("records")
         if kept["options"] != options:
             sys.exit(f"{given.json} has other options: {kept['options']}")
-    done = {(record["data"], record["shift"], record["seed"]) for record in records}
-    for seed in given.seed or [0]:
-        for shift in given.shift or SHIFTS:
-            for data in given.data:
-                name = data.name.split("_")[0].split(".")[0]
-                if (name, shift, seed) in done:
-                    continue
-                print(f"{name}, {shift}, seed {seed}", file=sys.stderr)
-                folder = Path(tempfile.mkdtemp())
-                try:
-                    record = run(data, shift, seed, given, folder)
-                finally:
-                    shutil.rmtree(folder)
-                records.append(record)
-                if given.json:
-                    given.json.write_text(json.dumps({**kept, "records": records}), encoding="utf-8")
+    known = {(record["data"], record["shift"], record["seed"]): record for record in records}
+    for setting in itertools.product(given.seed or [0], given.shift or SHIFTS, given.data):
+        seed, shift, data = setting
+        key = (name_of(data), shift, seed)
+        if key not in known or given.again:
+            print(*key, sep=", ", file=sys.stderr)
+            known[key] = run(data, shift, seed, given, known.get(key))
+        if given.json:
+            text = json.dumps({**kept, "records": list(known.values())})
+            given.json.write_text(text, encoding="utf-8")
+    records = list(known.values())
     show(records)
 
 

@@ -22,7 +22,7 @@ from freezeplan.training.ranking import Place, Trial, rank
 RATES = (1e-3, 3e-4, 3e-3)
 """Base learning rates of the rounds of trials: all plans at the first one, then at the next."""
 PROBE, FULL, OWN = "linear_probe", "full", "auto_rgn"
-PRESETS = (PROBE, "surgical_last", FULL, OWN, "llrd", "frozen_stages_2")
+PRESETS = (PROBE, "surgical_last", FULL, "frozen_stages_2", OWN, "llrd")
 """Candidates, in the order of their trials: the cheap ones and what they are measured against first."""
 CHEAP = (PROBE, "surgical_last")
 """Those that cost little once the features of what they freeze are there."""
@@ -30,8 +30,6 @@ BATCHES = 8
 """Batches of gradients, at most."""
 FEWEST = 5
 """Batches of gradients, at least."""
-FIRST = 2
-"""Stages up to this one count as early."""
 ALIKE = 0.5
 """Auto-RGN's plan is dropped where no rate is below this: it would be nearly ``full``."""
 
@@ -188,9 +186,9 @@ def candidates(evidence: Evidence, model: nn.Module) -> tuple[Candidate, ...]:
 
     - The probe of the last stage that ``surgical_last`` freezes is behind that of an earlier stage by more than two
       standard errors: it is dropped, since what it freezes has lost what tells the classes apart.
-    - The largest relative gradient is of an early stage: ``llrd``, which slows these, and ``frozen_stages_2``, which
-      freezes them, are dropped. ``surgical_last`` is not: its trial is cheap and says more.
     - Auto-RGN's plan is dropped where its rates are nearly alike, or none were measured.
+
+    Gradients drop no preset: their largest was at an early stage on photos for which ``frozen_stages_2`` was best.
 
     Args:
         evidence: What ``look`` found.
@@ -233,11 +231,6 @@ def _why_dropped(name: str, evidence: Evidence) -> str:
                 f"at stage {best.stage} {100 * best.error:.1f} %"
             )
         return ""
-    if evidence.pulls:
-        largest = max(evidence.pulls, key=lambda pull: pull.norm)
-        if largest.stage <= FIRST and largest.stage < evidence.pulls[-1].stage:
-            what = "slows" if name == "llrd" else "freezes"
-            return f"the largest relative gradient is of stage {largest.stage}, which it {what}"
     return ""
 
 
@@ -330,7 +323,7 @@ def decide(places: Sequence[Place]) -> Decision:
     """Choose a plan from a ranking by its bootstrap intervals.
 
     The first is suggested where its difference to the second is no chance. Otherwise there is no evidence, and the
-    one of both that took less time is suggested.
+    one of both that trains fewer parameters is suggested, of equal ones the one that took less time.
 
     Args:
         places: What ``rank`` returned; may be empty.
@@ -347,7 +340,7 @@ def decide(places: Sequence[Place]) -> Decision:
         return Decision(first.plan, first.lr, f"{first.plan} alone was tried, so nothing is known of other plans")
     second = others[0]
     if second.within_noise and second.behind is not None:
-        cheaper = min((first, second), key=lambda place: place.seconds)
+        cheaper = min((first, second), key=lambda place: (place.trained, place.seconds))
         low, high = (100 * edge for edge in second.behind)
         chance = (
             f"no evidence of a difference between {first.plan} and {second.plan} ({low:+.1f} to {high:+.1f} points)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -22,19 +23,6 @@ def test_the_benchmark_of_a_gpu_runs_small_on_the_cpu(tmp_path):
     assert list(found["arms"]) == ["scratch", "frozen_convs", "low_conv_lr", "same_lr"]
     assert all(value > 0 for value in (*found["seconds"].values(), *found["goals"].values()))
     assert done.stdout.count("met") + done.stdout.count("MISSED") == 4
-
-
-ONLY_OPTIONS = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, "benchmarks")
-sys.argv = sys.argv[1:]
-import suggest
-suggest.run = lambda *_: {}
-suggest.show = lambda records: print(json.dumps(json.loads(Path(sys.argv[-1]).read_text())["options"]))
-suggest.main()
-"""
-"""Prints the options of a command of the benchmark, without running a setting."""
 
 
 def record(data: str, errors: dict[str, float], suggested: str, lr: float = 1e-3) -> dict:
@@ -63,24 +51,40 @@ def record(data: str, errors: dict[str, float], suggested: str, lr: float = 1e-3
     }  # fmt: skip
 
 
-def test_the_regret_of_suggestions_is_counted_against_the_best_preset(tmp_path):
+@pytest.fixture
+def suggest_benchmark(monkeypatch, tmp_path):
+    """Run ``benchmarks/suggest.py`` in this process, which saves the import of torch; each setting is looked up."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("suggest_benchmark", ROOT / "benchmarks" / "suggest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*words: str, records: dict[str, dict]) -> None:
+        monkeypatch.setattr(module, "run", lambda data, *_: records[data.name])
+        monkeypatch.setattr("sys.argv", ["suggest.py", *words, "--json", str(tmp_path / "suggest.json")])
+        module.main()
+
+    return run
+
+
+def test_the_regret_of_suggestions_is_counted_against_the_best_preset(suggest_benchmark, capsys):
     """Nothing is computed where the results are there; the static preset is chosen on the other data sets alone."""
-    records = [
-        record("one", {"full": 0.1, "llrd": 0.2, "linear_probe": 0.3}, "llrd"),
-        record("two", {"full": 0.4, "llrd": 0.2, "linear_probe": 0.3}, "llrd", lr=3e-3),
-    ]
-    file = tmp_path / "suggest.json"
-    command = [sys.executable, "benchmarks/suggest.py", "one_voc.tar", "two_voc.tar", "--shift", "as it is"]
-    first = subprocess.run(
-        [sys.executable, "-c", ONLY_OPTIONS, *command[1:], "--json", str(file)],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    file.write_text(json.dumps({"options": json.loads(first.stdout), "machine": {}, "records": records}))
+    records = {
+        "one_voc.tar": record("one", {"full": 0.1, "llrd": 0.2, "linear_probe": 0.3}, "llrd"),
+        "two_voc.tar": record("two", {"full": 0.4, "llrd": 0.2, "linear_probe": 0.3}, "llrd", lr=3e-3),
+    }
+    words = ("one_voc.tar", "two_voc.tar", "--shift", "as it is")
+    suggest_benchmark(*words, records=records)
+    first = capsys.readouterr().out
 
-    done = subprocess.run([*command, "--json", str(file)], cwd=ROOT, capture_output=True, text=True, check=False)
+    suggest_benchmark(*words, records={})
 
-    assert done.returncode == 0, done.stderr
-    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert capsys.readouterr().out == first
+    with pytest.raises(KeyError):
+        suggest_benchmark(*words, "--again", records={})
+    with pytest.raises(SystemExit, match="has other options"):
+        suggest_benchmark(*words, "--epochs", "9", records={})
+    rows = [line.strip("| ").split(" | ") for line in first.splitlines() if line.startswith("| ")]
     table = {row[0]: row[1:] for row in rows}
     assert table["one, as it is"][-3:] == ["llrd, 0.001", "20.0", "4 of 16"]
     assert table["two, as it is"][-3:] == ["llrd, 0.003", "25.0", "4 of 16"]

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -237,7 +238,6 @@ def dropped(evidence: Evidence, model: nn.Module | None = None) -> dict[str, str
 
 
 LATE = tuple(Pull(stage, 0.1 * (stage + 1), 0.2 * (stage + 1)) for stage in range(5))
-EARLY = tuple(Pull(stage, 0.5 - 0.1 * stage, 1 - 0.2 * stage) for stage in range(5))
 
 
 def test_without_evidence_only_the_plan_of_the_gradients_is_missing():
@@ -250,13 +250,6 @@ def test_a_prefix_that_has_lost_the_classes_is_not_frozen():
     }
     assert dropped(Evidence(depths_of(0.5, 0.3, 0.2, 0.24, 0.5), LATE)) == {}
     assert dropped(Evidence(depths_of(0.5, 0.4, 0.3, 0.2, 0.0), LATE)) == {}, "a later stage is trained"
-
-
-def test_a_pull_at_early_stages_drops_what_holds_them_back():
-    assert dropped(Evidence(depths_of(0.5, 0.4, 0.3, 0.2, 0.1), EARLY)) == {
-        "llrd": "the largest relative gradient is of stage 0, which it slows",
-        "frozen_stages_2": "the largest relative gradient is of stage 0, which it freezes",
-    }
 
 
 def test_rates_that_are_nearly_alike_are_full_fine_tuning():
@@ -419,6 +412,16 @@ def test_what_is_said_follows_from_the_intervals(rows, plan, sentence):
     decision = decide(ranked(*rows))
 
     assert (decision.plan, decision.sentence) == (plan, sentence)
+
+
+def test_the_cheaper_plan_trains_less_however_long_it_took():
+    """Seconds of a trial depend on who computed the features that are shared."""
+    probe, last = trial(Job("linear_probe", 1e-3, 0), 0.3, 4.0), trial(Job("surgical_last", 1e-3, 0), 0.31, 3.0)
+
+    decision = decide(rank([probe, replace(last, trained=100)]))
+
+    assert decision.plan == "linear_probe"
+    assert "linear_probe is the cheaper one" in decision.sentence
 
 
 # The command
