@@ -23,7 +23,7 @@ from freezeplan.plan.dump import dump
 from freezeplan.training.compare_report import ACCENT, OTHER, percent, print_ranking
 from freezeplan.training.probe import carries_to
 from freezeplan.training.ranking import Place, as_rows
-from freezeplan.training.suggest import Evidence, Suggestion
+from freezeplan.training.suggest import PROBE, Evidence, Suggestion
 
 FILES = ("suggested.yaml", "depth.svg", "suggestion.json")
 
@@ -48,7 +48,7 @@ def print_evidence(console: Console, evidence: Evidence) -> None:
 
 
 def carried(evidence: Evidence) -> tuple[str, ...]:
-    """Say how far the pretrained representation carries, in a sentence; none where it was not measured.
+    """Say how far the pretrained representation carries; nothing where it was not measured.
 
     Examples:
         >>> from freezeplan.training.probe import Depth
@@ -62,7 +62,11 @@ def carried(evidence: Evidence) -> tuple[str, ...]:
     if first.stage != best.stage:
         early = f"stage {first.stage} is the first within a standard error, with {percent(first.error)} %"
     stages = f"{evidence.depths[0].stage} to {evidence.depths[-1].stage}"
-    return (f"a ridge probe is best at stage {best.stage} of {stages}, with {percent(best.error)} % error; {early}",)
+    said = f"a ridge probe is best at stage {best.stage} of {stages}, with {percent(best.error)} % error; {early}"
+    last = evidence.depths[-1]
+    if last.error <= best.error + 2 * best.spread:
+        return (said,)
+    return said, f"the last stage, which {PROBE} reads, has lost part of it: {percent(last.error)} % error"
 
 
 def pulled(evidence: Evidence) -> tuple[str, ...]:
@@ -133,7 +137,7 @@ def plan_text(found: Suggestion, model: nn.Module, facts: Mapping[str, str]) -> 
     plan = found.plan.model_copy(update={"name": "suggested", "description": _described(found)})
     behind = [
         *(f"{name}: {value}" for name, value in facts.items()),
-        found.decision.sentence,
+        found.decision.sentence, *carried(found.evidence), *pulled(found.evidence),
         *(_place(place) for place in found.places),
         *(f"not tried: {one.name}, {one.dropped}" for one in found.candidates if one.dropped),
         *found.skipped, *found.evidence.skipped,

@@ -31,6 +31,7 @@ from freezeplan.training.ranking import Trial, rank
 from freezeplan.training.settings import Settings
 from freezeplan.training.suggest import Budget, Evidence, candidates, decide, estimate, try_out
 from freezeplan.training.suggest_command import fewer, suggest_plan
+from freezeplan.training.suggest_report import carried
 
 MODEL = "test_resnet"
 COLOURS = {"red": (200, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 200)}
@@ -264,6 +265,13 @@ def test_a_preset_that_does_not_fit_the_model_is_said():
     assert dropped(Evidence(), model)["llrd"].startswith("it does not fit the model: ")
 
 
+def test_a_last_stage_that_has_lost_the_classes_is_said():
+    lost, whole = carried(Evidence(depths_of(0.5, 0.3, 0.2, 0.25))), carried(Evidence(depths_of(0.5, 0.3, 0.2, 0.23)))
+
+    assert lost[1:] == ("the last stage, which linear_probe reads, has lost part of it: 25.0 % error",)
+    assert whole == lost[:1]
+
+
 # (c) trials, and the budget
 
 
@@ -443,6 +451,8 @@ def test_the_plan_is_valid_and_names_its_evidence(whole, photos, capsys):
         assert f"by the trials: {100 * row['val_error']:.1f} % error, place " in lines[number - 1]
     comments = "\n".join(line for line in lines if line.lstrip().startswith("#"))
     assert found["sentence"] in comments
+    assert "# a ridge probe is best at stage " in comments
+    assert "# the relative gradient is largest at stage " in comments
     assert all(f"trial: {row['plan']}, lr {row['lr']:g}: " in comments for row in found["ranking"])
     if source != "auto_rgn":
         same = resolve_plan(load_plan(source), blank(MODEL, 3))
