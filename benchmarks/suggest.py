@@ -6,8 +6,10 @@ A setting is a data set in VOC's layout, as it is or shifted: grey, inverted wit
 is trained by ``freezeplan compare`` at three rates; then ``freezeplan suggest`` gets the training images alone and a
 share of the seconds that this took. Its plan is then as good as that plan, at the suggested rate, is on the validation
 images. The regret is its error less the best preset's, in points; the best preset is the best on the same validation
-images, so every regret is a little too high. The static preset is the one with the lowest mean error over the settings
-of the other data sets. Settings that are in the JSON file already are not run again.
+images, so every regret is a little too high. Presets have the rate that ``compare`` chose, the suggestion has its own,
+so its regret can be below 0: "its plan at compare's rate" and "linear_probe at suggest's rate" show what the rates do.
+The static preset is the one with the lowest mean error over the settings of the other data sets. Settings that are in
+the JSON file already are not run again.
 """
 
 from __future__ import annotations
@@ -163,16 +165,19 @@ def choices(records: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float,
             plan: sum(t["seconds"] for t in record["trials"] if t["plan"] == plan) / record["all_seconds"]
             for plan in errors
         }
-        suggested = record["suggested"]
-        own = suggested_error(record)
-        found.setdefault("suggest", []).append((own - best, record["suggest_seconds"] / record["all_seconds"]))
-        first = suggested["ranking"][0]["plan"] if suggested["ranking"] else suggested["plan"]
-        if first in errors:  # what the trials put first, whether or not that is noise
-            lr = suggested["ranking"][0]["lr"] if suggested["ranking"] else None
-            found.setdefault("the first of suggest's trials", []).append((
-                at_rate(record, first, lr) - best, record["suggest_seconds"] / record["all_seconds"],
-            ))  # fmt: skip
-        for plan in ("linear_probe", "full", "llrd"):
+        cost = record["suggest_seconds"] / record["all_seconds"]
+        plan, ranking = record["suggested"]["plan"], record["suggested"]["ranking"]
+        found.setdefault("suggest", []).append((suggested_error(record) - best, cost))
+        if plan in errors:
+            found.setdefault("its plan at compare's rate", []).append((errors[plan] - best, cost))
+        if ranking and ranking[0]["plan"] in errors:
+            error = at_rate(record, ranking[0]["plan"], ranking[0]["lr"])
+            found.setdefault("first of its trials, noise or not", []).append((error - best, cost))
+        probe = next((row for row in ranking if row["plan"] == "linear_probe"), None)
+        if probe is not None:
+            error = at_rate(record, "linear_probe", probe["lr"])
+            found.setdefault("linear_probe at suggest's rate", []).append((error - best, share["linear_probe"]))
+        for plan in ("linear_probe", "surgical_last", "full", "llrd"):
             found.setdefault(f"always {plan}", []).append((errors[plan] - best, share[plan]))
         others = [other for other in records if other["data"] != record["data"]]
         if others:

@@ -323,7 +323,8 @@ def decide(places: Sequence[Place]) -> Decision:
     """Choose a plan from a ranking by its bootstrap intervals.
 
     The first is suggested where its difference to the second is no chance. Otherwise there is no evidence, and the
-    one of both that trains fewer parameters is suggested, of equal ones the one that took less time.
+    one of both that trains fewer parameters is suggested, of equal ones the one that took less time. That
+    ``linear_probe`` is enough is said only where ``full`` was tried too.
 
     Args:
         places: What ``rank`` returned; may be empty.
@@ -338,19 +339,20 @@ def decide(places: Sequence[Place]) -> Decision:
     first, *others = places
     if not others:
         return Decision(first.plan, first.lr, f"{first.plan} alone was tried, so nothing is known of other plans")
-    second = others[0]
+    measured = any(place.plan == FULL for place in places)
+    second, chosen, said = others[0], first, f"{first.plan} is best"
     if second.within_noise and second.behind is not None:
-        cheaper = min((first, second), key=lambda place: (place.trained, place.seconds))
+        chosen = min((first, second), key=lambda place: (place.trained, place.seconds))
         low, high = (100 * edge for edge in second.behind)
-        chance = (
-            f"no evidence of a difference between {first.plan} and {second.plan} ({low:+.1f} to {high:+.1f} points)"
-        )
-        enough = f"{PROBE} is enough: " if cheaper.plan == PROBE else ""
-        return Decision(cheaper.plan, cheaper.lr, f"{enough}{chance}; {cheaper.plan} is the cheaper one")
-    if first.plan == FULL:
-        return Decision(FULL, first.lr, f"nothing here beats {FULL}")
-    enough = f"{PROBE} is enough: " if first.plan == PROBE else ""
-    return Decision(first.plan, first.lr, f"{enough}{first.plan} is best")
+        said = f"no evidence of a difference between {first.plan} and {second.plan} ({low:+.1f} to {high:+.1f} points)"
+        said += f"; {chosen.plan} is the cheaper one"
+    elif first.plan == FULL:
+        said = f"nothing here beats {FULL}"
+    if not measured:
+        said += f"; {FULL} was not tried"
+    elif chosen.plan == PROBE:
+        said = f"{PROBE} is enough: {said}"
+    return Decision(chosen.plan, chosen.lr, said)
 
 
 def suggest(

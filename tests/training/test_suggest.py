@@ -404,6 +404,11 @@ def ranked(*rows: tuple[str, float, float]):
             "linear_probe is the cheaper one",
         ),
         (
+            [("linear_probe", 0.10, 1), ("surgical_last", 0.40, 2)],
+            "linear_probe",
+            "linear_probe is best; full was not tried",
+        ),
+        (
             [("full", 0.300, 9), ("surgical_last", 0.310, 4), ("linear_probe", 0.9, 1)],
             "surgical_last",
             "no evidence of a difference between full and surgical_last (+0.0 to +3.0 points); surgical_last is the "
