@@ -451,7 +451,7 @@ def flowers() -> dict[str, Any]:
     data, weights = SHARED / "data" / "flowers5_voc.tar", SHARED / "weights" / "tf_efficientnet_lite0.safetensors"
     if not (data.exists() and weights.exists()):
         pytest.skip("needs flowers5_voc.tar and tf_efficientnet_lite0.safetensors in ../shared")
-    return {"data": data, "model": "tf_efficientnet_lite0", "weights": str(weights)}
+    return {"data": data, "model": "tf_efficientnet_lite0", "weights": str(weights), "threads": 1}
 
 
 @pytest.mark.slow
