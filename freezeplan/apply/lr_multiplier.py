@@ -139,12 +139,14 @@ class Multiplier:
                 self._scaled.append((step, group, group["lr"]))
                 group["lr"] = group["lr"] * factor
 
-    def _after_step(self, *_: Any) -> None:
-        step = 0 if torch.compiler.is_compiling() else id(sys._getframe(1))
-        for entry in self._scaled:
-            if entry[0] == step:
-                entry[1]["lr"] = entry[2]
-        self._scaled = [entry for entry in self._scaled if entry[0] != step]
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        frame = None if torch.compiler.is_compiling() else sys._getframe(1)
+        if frame is not None and frame.f_code is _STEP_CODE:
+            ended = [entry for entry in self._scaled if entry[0] == id(frame)]
+        else:  # a compiled step may begin in one frame and end in another
+            groups = [id(group) for group in optimizer.param_groups]
+            ended = [entry for entry in self._scaled if id(entry[1]) in groups]
+        self._restore(ended)
 
     def _group_rates(self, optimizer: Any) -> list[float]:
         """One multiplier a group; 1 where an optimizer that it holds steps the parameters in a group of its own."""
