@@ -42,7 +42,7 @@ def main() -> None:
         "copying": lambda: [tensor.clone() for tensor in held],
     }
     size = sum(tensor.numel() * tensor.element_size() for tensor in held)
-    title = f"{given.plan} on {given.model}: {len(held)} tensors, {size / 1e6:,.1f} MB that stand still"
+    title = f"{given.plan} on {given.model}: {len(held)} tensors, {size / 1e6:,.1f} MB that do not change"
     show(title, alternate(ways, given.rounds), "sha256", given.json)
 
 

@@ -8,9 +8,22 @@ from typing import Annotated, Literal
 import typer
 
 from freezeplan.cli import completion
-from freezeplan.cli.options import one_of
+from freezeplan.cli.options import (
+    BatchSizeOption,
+    CacheDirOption,
+    DataDirOption,
+    DataOption,
+    DeviceOption,
+    ImageSizeOption,
+    SkipBadOption,
+    ThreadsOption,
+    TimmModelOption,
+    WeightsOption,
+    WorkersOption,
+    one_of,
+)
 from freezeplan.errors import MissingExtraError
-from freezeplan.training.settings import Amp, Device
+from freezeplan.training.settings import Amp
 
 On = Literal["here", "ray"]
 
@@ -22,49 +35,33 @@ def compare(
             metavar="PLAN...", help="Presets, plan files, folders of them.", autocompletion=completion.plans
         ),
     ],
-    data: Annotated[
-        str,
-        typer.Option(metavar="DATA", help="Class folders, a tar of them, a table, VOC's layout, or hfds/NAME."),
-    ],
-    model: Annotated[str, typer.Option(help="A timm model name.", autocompletion=completion.models)],
-    weights: Annotated[
-        str | None,
-        typer.Option(metavar="FILE|random", help="safetensors or a checkpoint.", show_default="timm's pretrained"),
-    ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where a data set that timm reads is kept.")
-    ] = None,
+    data: DataOption,
+    model: TimmModelOption,
+    weights: WeightsOption = None,
+    data_dir: DataDirOption = None,
     lr: Annotated[
         list[float] | None,
         typer.Option(help="Base learning rate; repeatable.", show_default="0.0003, 0.001 and 0.003"),
     ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Repeatable.", show_default="0")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="The same for every plan.")] = 10,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 32,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side in pixels.", show_default="the model's own")
-    ] = None,
+    batch_size: BatchSizeOption = 32,
+    image_size: ImageSizeOption = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where results go.", show_default="runs/compare-DATE-TIME")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Take the trials that --out holds; train the others.")
     ] = False,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out broken images, and classes that are in one split only.")
-    ] = False,
-    device: Annotated[Device, typer.Option(**one_of(Device), help="auto: CUDA where there is one.")] = "auto",
+    skip_bad: SkipBadOption = False,
+    device: DeviceOption = "auto",
     amp: Annotated[Amp | None, typer.Option(**one_of(Amp), help="Autocast.", show_default="float32")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads inside torch.", show_default="one a core")] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads that decode images.", show_default="one a core")
-    ] = None,
+    threads: ThreadsOption = None,
+    workers: WorkersOption = None,
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Compute the features of frozen layers once, for all trials.")
     ] = True,
-    cache_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where features are.", show_default="the user's cache folder")
-    ] = None,
+    cache_dir: CacheDirOption = None,
     on: Annotated[On, typer.Option(**one_of(On), help="ray: each trial is a Ray task.")] = "here",
     address: Annotated[
         str | None, typer.Option(help="A Ray cluster to join.", show_default="Ray is started on this machine")

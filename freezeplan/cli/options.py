@@ -1,10 +1,11 @@
-"""What several commands take and give alike: plans, models, JSON."""
+"""What several commands take and give alike: plans, models, photos, JSON."""
 
 from __future__ import annotations
 
 import ast
 import json
 import math
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
@@ -12,6 +13,7 @@ import typer
 from freezeplan.cli import completion
 from freezeplan.errors import did_you_mean
 from freezeplan.model.description import Description
+from freezeplan.training.settings import Device
 
 _PLAN = "A plan file (.yaml, .toml, .json) or a preset's name."
 _MODEL = "A timm model name, or package.module:function."
@@ -70,6 +72,29 @@ NumClasses = Annotated[int | None, typer.Option(min=0, help="Number of classes; 
 ModelArg = Annotated[
     list[Any] | None,
     typer.Option(metavar="KEY=VALUE", parser=key_value, help="An argument for creating the model; repeatable."),
+]
+DataOption = Annotated[
+    str,
+    typer.Option(metavar="DATA", help="Class folders, a tar of them, a table, VOC's layout, or hfds/NAME."),
+]
+TimmModelOption = Annotated[str, typer.Option(help="A timm model name.", autocompletion=completion.models)]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(metavar="FILE|random", help="safetensors or a checkpoint.", show_default="timm's pretrained"),
+]
+DataDirOption = Annotated[Path | None, typer.Option(metavar="DIR", help="Where a data set that timm reads is kept.")]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="Images a step.")]
+ImageSizeOption = Annotated[int | None, typer.Option(min=1, help="Side in pixels.", show_default="the model's own")]
+SkipBadOption = Annotated[
+    bool, typer.Option("--skip-bad", help="Leave out broken images, and classes that are in one split only.")
+]
+DeviceOption = Annotated[Device, typer.Option(**one_of(Device), help="auto: CUDA where there is one.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads inside torch.", show_default="one a core")]
+WorkersOption = Annotated[
+    int | None, typer.Option(min=1, help="Threads that decode images.", show_default="one a core")
+]
+CacheDirOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where features are.", show_default="the user's cache folder")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 

@@ -8,10 +8,20 @@ from typing import Annotated
 
 import typer
 
-from freezeplan.cli import completion
-from freezeplan.cli.options import one_of
+from freezeplan.cli.options import (
+    BatchSizeOption,
+    CacheDirOption,
+    DataDirOption,
+    DataOption,
+    DeviceOption,
+    ImageSizeOption,
+    SkipBadOption,
+    ThreadsOption,
+    TimmModelOption,
+    WeightsOption,
+    WorkersOption,
+)
 from freezeplan.errors import MissingExtraError
-from freezeplan.training.settings import Device
 
 
 def seconds(text: str) -> float:
@@ -31,27 +41,17 @@ def seconds(text: str) -> float:
 
 
 def suggest(
-    data: Annotated[
-        str,
-        typer.Option(metavar="DATA", help="Class folders, a tar of them, a table, VOC's layout, or hfds/NAME."),
-    ],
-    model: Annotated[str, typer.Option(help="A timm model name.", autocompletion=completion.models)],
-    weights: Annotated[
-        str | None,
-        typer.Option(metavar="FILE|random", help="safetensors or a checkpoint.", show_default="timm's pretrained"),
-    ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where a data set that timm reads is kept.")
-    ] = None,
+    data: DataOption,
+    model: TimmModelOption,
+    weights: WeightsOption = None,
+    data_dir: DataDirOption = None,
     budget: Annotated[
         str, typer.Option(metavar="TIME", help="Time for everything, about: 90s, 2m, 1h. What is longer is skipped.")
     ] = "2m",
     images: Annotated[int, typer.Option(min=4, help="Training images that are used, at most.")] = 1000,
     epochs: Annotated[int, typer.Option(min=1, help="Of a trial.")] = 3,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 32,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side in pixels.", show_default="the model's own")
-    ] = None,
+    batch_size: BatchSizeOption = 32,
+    image_size: ImageSizeOption = None,
     seed: Annotated[int, typer.Option(help="Of images, folds, heads and trials.")] = 0,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the plan goes.", show_default="runs/suggest-DATE-TIME")
@@ -59,17 +59,11 @@ def suggest(
     resume: Annotated[
         bool, typer.Option("--resume", help="Take the trials that --out holds; they cost no time.")
     ] = False,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out broken images, and classes that are in one split only.")
-    ] = False,
-    device: Annotated[Device, typer.Option(**one_of(Device), help="auto: CUDA where there is one.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads inside torch.", show_default="one a core")] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads that decode images.", show_default="one a core")
-    ] = None,
-    cache_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where features are.", show_default="the user's cache folder")
-    ] = None,
+    skip_bad: SkipBadOption = False,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    workers: WorkersOption = None,
+    cache_dir: CacheDirOption = None,
 ) -> None:
     """Suggest a plan for your photos: a probe at each stage, gradients of each stage, short trials.
 

@@ -92,7 +92,6 @@ def print_ranking(console: Console, places: Sequence[Place], sentence: str = "")
 
 def to_svg(places: Sequence[Place], title: str) -> bytes:
     """Draw validation error against seconds, a point a plan with its interval; the front is marked and joined."""
-    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -118,8 +117,20 @@ def to_svg(places: Sequence[Place], title: str) -> bytes:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title.replace("$", r"\$"), loc="left", fontsize=11)
+    return svg(figure, "compare")
+
+
+def svg(figure: Any, salt: str) -> bytes:
+    """Write a matplotlib figure as SVG, the same bytes each time; text is drawn as paths.
+
+    Args:
+        figure: A ``matplotlib.figure.Figure``.
+        salt: Decides the ids in the file.
+    """
+    import matplotlib
+
     picture = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "compare"}):
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": salt}):
         figure.savefig(picture, format="svg", metadata={"Date": None})
     return picture.getvalue()
 

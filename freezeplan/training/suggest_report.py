@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ from freezeplan.atomic import flush, whole_file
 from freezeplan.errors import OutputError
 from freezeplan.model.describer import describe
 from freezeplan.plan.dump import dump
-from freezeplan.training.compare_report import ACCENT, OTHER, percent, print_ranking
+from freezeplan.training.compare_report import ACCENT, OTHER, percent, print_ranking, svg
 from freezeplan.training.probe import carries_to
 from freezeplan.training.ranking import Place, as_rows
 from freezeplan.training.suggest import PROBE, Evidence, Suggestion
@@ -95,7 +94,6 @@ def print_trials(console: Console, found: Suggestion) -> None:
 
 def to_svg(evidence: Evidence, title: str) -> bytes:
     """Draw the probe's error at each stage with its standard error, and the relative gradients below it."""
-    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -117,10 +115,7 @@ def to_svg(evidence: Evidence, title: str) -> bytes:
         axes.grid(alpha=0.25, axis="y")
         axes.spines[["top", "right"]].set_visible(False)
     upper.set_title(title.replace("$", r"\$"), loc="left", fontsize=11)
-    picture = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "suggest"}):
-        figure.savefig(picture, format="svg", metadata={"Date": None})
-    return picture.getvalue()
+    return svg(figure, "suggest")
 
 
 def plan_text(found: Suggestion, model: nn.Module, facts: Mapping[str, str]) -> str:
