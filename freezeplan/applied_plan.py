@@ -391,6 +391,7 @@ class AppliedPlan:
         dataset: Dataset[Any],
         directory: str | Path | None = None,
         *,
+        image: str | None = None,
         views: int = 1,
         dtype: FeatureDtype = "float32",
         keep: Keep = "auto",
@@ -410,8 +411,9 @@ class AppliedPlan:
         ``freezeplan.cache.cached.cached`` says what every argument is.
 
         Args:
-            dataset: Gives images, (C, H, W) and floating-point, or tuples that begin with one, the same each time.
+            dataset: Gives images, (C, H, W) and floating-point, tuples that begin with one, or mappings; always alike.
             directory: Where features are cached; the user's cache folder if not given.
+            image: The key of the image in mappings; found by itself where there is one.
             views: Number of fixed augmented versions of each image.
             dtype: Of the numbers that are cached.
             keep: Where features are while a model is trained on them.
@@ -447,9 +449,9 @@ class AppliedPlan:
         """
         self._check_live()
         found, run, self._cuts = cached(
-            self.model, self.resolution, self._phase_index(), self._cuts, dataset, directory, views=views, dtype=dtype,
-            keep=keep, prepare=prepare, batch_size=batch_size, device=device, workers=workers, limit=limit, seed=seed,
-            progress=progress,
+            self.model, self.resolution, self._phase_index(), self._cuts, dataset, directory, image=image, views=views,
+            dtype=dtype, keep=keep, prepare=prepare, batch_size=batch_size, device=device, workers=workers,
+            limit=limit, seed=seed, progress=progress,
         )  # fmt: skip
         return found, run
 

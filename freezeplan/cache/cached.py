@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from freezeplan.cache import boundaries, fill, key, reader, replay, store
+from freezeplan.cache import boundaries, fill, items, key, reader, replay, store
 from freezeplan.cache.calls import undisturbed
 from freezeplan.cache.features import Features, Images
 from freezeplan.cache.memory import FeatureDtype, Keep
@@ -28,6 +28,7 @@ def cached(
     dataset: Dataset[Any],
     directory: str | Path | None,
     *,
+    image: str | None,
     views: int,
     dtype: FeatureDtype,
     keep: Keep,
@@ -49,9 +50,11 @@ def cached(
         resolution: What the plan means for it.
         phase: Number of the phase that holds now.
         known: What an earlier call in this phase found.
-        dataset: Gives images, (C, H, W) and floating-point, or tuples that begin with one, the same each time.
+        dataset: Gives images, (C, H, W) and floating-point, tuples that begin with one, or mappings that hold one; the
+            same each time.
         directory: Where features are kept; the user's cache folder if not given. It may be shared by plans, models
             and data sets, and by processes, which then share the work.
+        image: The key of the image where the data set gives mappings; found by itself where one image is in them.
         views: Number of fixed augmented versions of each image; then the data set may augment at random.
         dtype: Of the numbers that are kept. float32 keeps results; the others take half the room.
         keep: Where features are while a model is trained on them. ``device``: where the model is; ``host``: in host
@@ -80,6 +83,8 @@ def cached(
             the first.
     """
     reader.check_arguments(dataset, views=views, batch_size=batch_size, dtype=dtype, keep=keep, prepare=prepare)
+    image = items.image_key(dataset, image, raw=prepare is not None)
+    dataset = dataset if image is None else items.Pairs(dataset, image)
     home = next(model.parameters()).device
     there = home if device is None else torch.device(device)
     reader.check_fixed(dataset, views, seed, prepare)
@@ -93,6 +98,7 @@ def cached(
             sample = reader.prepared(raw, prepare)
             if resolution.plan.phases and (obstacle := boundaries.prefix_of(model, sample).obstacle):
                 images = Images(dataset, views=views, seed=seed, prepare=prepare, device=home, reason=obstacle)
+                images.image = image
                 return images, model, known
             facts = (sample.shape, sample.dtype, repr(key.arithmetic(sample.device)))
             if known is None or known[0] != facts:
@@ -114,6 +120,7 @@ def cached(
                 )  # fmt: skip
                 features.difference = key.check_stored(model, prefixes[0], batch, features, there, plain)
                 features.repeat_difference = cuts.repeat_difference
+                features.image = image
         finally:
             model.to(home)
             if prepare is not None:

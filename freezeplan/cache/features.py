@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from freezeplan.cache.items import joined
 from freezeplan.cache.memory import to_device, to_host
 from freezeplan.cache.reader import Reader, Targets, image_of, prepared, stacked, targets_of
 from freezeplan.cache.writer import Writer, load
@@ -21,9 +22,9 @@ from freezeplan.errors import ApplyError
 class Features(Dataset[Any]):
     """Features of a data set's images, in their order, each with what the data set gives beside the image.
 
-    An item is ``(features, *targets)``, features of shape (E,) in host memory, or features alone where the data set
-    gives images alone. With K views an item is one of an image's K, drawn by torch's random state. ``batch`` gives
-    features on the device.
+    An item is ``(features, *targets)``, features of shape (E,) in host memory; features alone where the data set gives
+    images alone; a mapping with features under the image's key where it gives mappings. With K views an item is one of
+    an image's K, drawn by torch's random state. ``batch`` gives features on the device.
 
     Args:
         shards: The files, in order.
@@ -68,6 +69,8 @@ class Features(Dataset[Any]):
         self.repeat_difference = 0.0
         """By how much two equal passes differ on this device, relative to the largest number; measured. Where it is not
         0, some sums have no fixed order, and the pass over features was not compared with the plain one there."""
+        self.image: str | None = None
+        """The key of the features in an item, where the data set gives mappings."""
         self._open: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -157,7 +160,7 @@ class Features(Dataset[Any]):
 
     def _item(self, row: int, features: Tensor) -> Any:
         targets = self._targets[row]
-        return features if targets is None else (features, *targets)
+        return features if targets is None else joined((features, *targets), self.image)
 
     def __str__(self) -> str:
         where = {"device": f"on {self._device}", "host": "in host memory", "disk": "on disk"}[self.kept]
@@ -206,6 +209,8 @@ class Images(Dataset[Any]):
         self._reader, self.views, self._prepare = Reader(dataset, views, seed), views, prepare
         self.device, self.reason = device, reason
         self._count = len(self._reader) // views
+        self.image: str | None = None
+        """The key of the image in an item, where the data set gives mappings."""
 
     def __len__(self) -> int:
         return self._count
@@ -216,12 +221,12 @@ class Images(Dataset[Any]):
         view = int(torch.randint(self.views, ())) if self.views > 1 else 0
         item = self._reader[view * self._count + index % self._count]
         if self._prepare is None:
-            return item
+            return joined(item, self.image)
         image = image_of(item, self._prepare)
         home = next((tensor.device for tensor in self._prepare.buffers()), image.device)
         image = prepared(image[None].to(home), self._prepare)[0].to(image.device)
         targets = targets_of(item)
-        return image if targets is None else (image, *targets)
+        return image if targets is None else joined((image, *targets), self.image)
 
     def batch(self, indices: Sequence[int] | Tensor, view: int = 0) -> Tensor:
         """Return some images as the model gets them, (N, C, H, W), on ``device``.

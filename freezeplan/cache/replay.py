@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -34,25 +35,34 @@ class Rest(nn.Module):
     _parts: dict[str, list[nn.Module]]
     _frozen: list[nn.Parameter]
     _prefix: Prefix
+    _first: str
 
     def __init__(self, model: nn.Module, prefix: Prefix):
         super().__init__()
         self.__dict__["_model"] = model  # not registered: its frozen parameters are not this module's
         self.__dict__["_prefix"] = prefix
+        self.__dict__["_first"] = next(iter(inspect.signature(model.forward).parameters), "")
         self.__dict__["_parts"] = _parts(model, prefix)
         self.__dict__["_frozen"] = [p for found in self._parts.values() for m in found for p in m.parameters()]
         _adopt(self, model)
         self.training = model.training
 
-    def forward(self, features: Tensor) -> Any:
+    def forward(self, *given: Any, **named: Any) -> Any:
         """Return what the model returns for the images that these features are of.
 
         Args:
-            features: (N, E), as ``capture`` or a dataset of features gives them.
+            *given: Features, (N, E), as ``capture`` or a dataset of features gives them; then the model's other
+                arguments.
+            **named: The model's other arguments; or the features too, under the name of its first
+                (``pixel_values`` in transformers).
 
         Raises:
             ApplyError: If a parameter of the cached part is trained now, or these are no features of it.
         """
+        by_name = not given and self._first in named
+        if not given and not by_name:
+            raise ApplyError(f"features are the first argument, or {self._first}=; found {', '.join(named) or 'none'}")
+        features: Tensor = named.pop(self._first) if by_name else given[0]
         elements = self._prefix.elements
         if features.ndim != 2 or features.shape[1] != elements:
             raise ApplyError(
@@ -65,7 +75,16 @@ class Rest(nn.Module):
                 notes=["after a new phase: features, rest = applied.cached(...) again"],
             )
         with _answering(self._parts, self._prefix, features):
-            return self._model(_no_images(self._prefix, features))
+            images = _no_images(self._prefix, features)
+            if by_name:
+                return self._model(**{self._first: images}, **named)
+            return self._model(images, *given[1:], **named)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the model takes arguments of any name. transformers' Trainer asks before it passes its own."""
+        kinds = [parameter.kind for parameter in inspect.signature(self._model.forward).parameters.values()]
+        return bool(getattr(self._model, "accepts_loss_kwargs", inspect.Parameter.VAR_KEYWORD in kinds))
 
     def train(self, mode: bool = True) -> Rest:
         """Set the mode of the whole model; what the plan holds in eval stays there."""

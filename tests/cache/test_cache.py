@@ -315,7 +315,8 @@ def test_what_is_no_image_is_named(live, tmp_path):
     begins = "an item of the data set is an image, or begins with one, as a floating-point tensor; found a "
     assert messages == [
         f"{begins}torch.uint8 tensor{transform}",
-        f"{begins}dict{transform}",
+        "an item is a mapping, and none of its values is a floating-point tensor (C, H, W); it has 'image' (int)\n"
+        "  let the data set's transform end in ToTensor and Normalize, as for training",
         "row 5 is torch.float32 of shape (3, 72, 72), the first image torch.float32 of shape (3, 64, 64)\n"
         "  features are kept of images of one size: resize and crop them in the transform",
     ]
