@@ -40,11 +40,15 @@ def build(name: str) -> nn.Module:
     return model
 
 
+def floats(answer: Any) -> list[Tensor]:
+    """All floating-point tensors in what a model gives."""
+    return [leaf for leaf in tree_flatten(answer)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
 def answers(name: str, model: nn.Module, images: Tensor) -> list[Tensor]:
-    """All floating-point tensors that the model gives for images."""
+    """What the model gives for images."""
     call = HOSTS[name].call
-    found = tree_flatten(model(images) if call is None else call(model, images))[0]
-    return [tensor for tensor in found if isinstance(tensor, Tensor) and tensor.is_floating_point()]
+    return floats(model(images) if call is None else call(model, images))
 
 
 def images_of(name: str, count: int = 2) -> Tensor:
@@ -107,9 +111,8 @@ def test_features_give_what_images_give(name: str, tmp_path: Path) -> None:
     model.eval()
     with torch.no_grad():
         plain = answers(name, model, images[:2])
-        replayed = [tensor for tensor in tree_flatten(rest(features.batch(range(2))))[0] if isinstance(tensor, Tensor)]
+        replayed = floats(rest(features.batch(range(2))))
     assert plain
-    replayed = [tensor for tensor in replayed if tensor.is_floating_point()]
     assert len(plain) == len(replayed)
     for one, two in zip(plain, replayed, strict=True):  # features are stored in single precision
         assert (one - two).abs().max() <= 1e-4 * one.abs().max()
