@@ -13,9 +13,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from freezeplan.apply import freeze, phases
-from freezeplan.cache.boundaries import prefix_of
+from freezeplan.cache.boundaries import Cut, prefix_of
 from freezeplan.cache.cached import Found, cached
 from freezeplan.cache.features import Features, Images
+from freezeplan.cache.items import ImageKeys
 from freezeplan.cache.memory import FeatureDtype, Keep
 from freezeplan.cache.prefix import Prefix
 from freezeplan.errors import ApplyError
@@ -358,14 +359,15 @@ class AppliedPlan:
             compare(self.model, self.resolution, self._seal, self._guard.optimizers).check_held()
         delta.save(self.model, self.resolution, self.phase, path)
 
-    def prefix(self, sample: torch.Tensor) -> Prefix:
+    def prefix(self, *samples: torch.Tensor) -> Prefix:
         """Say what of a forward pass is the same for an image in every epoch, and what it would cost to cache.
 
         Runs the model on two and three images of the sample, five times forward and once backward to no parameter,
         under the caller's autocast. Nothing of it changes.
 
         Args:
-            sample: A batch of at least two images as the model gets them, (N, C, H, W), on the model's device.
+            *samples: A batch of at least two images as the model gets them, (N, C, H, W), on the model's device; of a
+                model that takes several images one batch each.
 
         Returns:
             The calls that can be cached, the bytes of an image that the rest of the pass reads, forward FLOPs of both
@@ -384,14 +386,15 @@ class AppliedPlan:
             32,784,384 of 32,784,960 forward FLOPs an image (100.0%)
         """
         self._check_live()
-        return prefix_of(self.model, sample)
+        return prefix_of(self.model, *samples)
 
     def cached(
         self,
         dataset: Dataset[Any],
         directory: str | Path | None = None,
         *,
-        image: str | None = None,
+        image: ImageKeys | None = None,
+        after: Cut | None = None,
         views: int = 1,
         dtype: FeatureDtype = "float32",
         keep: Keep = "auto",
@@ -413,7 +416,9 @@ class AppliedPlan:
         Args:
             dataset: Gives images, (C, H, W) and floating-point, tuples that begin with one, or mappings; always alike.
             directory: Where features are cached; the user's cache folder if not given.
-            image: The key of the image in mappings; found by itself where there is one.
+            image: The key of the image in mappings, found by itself where there is one. Keys, or places in tuples,
+                where the model takes several.
+            after: ``features.cut`` of a plan that freezes less: its features are gone on from where they can be.
             views: Number of fixed augmented versions of each image.
             dtype: Of the numbers that are cached.
             keep: Where features are while a model is trained on them.
@@ -449,8 +454,8 @@ class AppliedPlan:
         """
         self._check_live()
         found, run, self._cuts = cached(
-            self.model, self.resolution, self._phase_index(), self._cuts, dataset, directory, image=image, views=views,
-            dtype=dtype, keep=keep, prepare=prepare, batch_size=batch_size, device=device, workers=workers,
+            self.model, self.resolution, self._phase_index(), self._cuts, dataset, directory, image=image, after=after,
+            views=views, dtype=dtype, keep=keep, prepare=prepare, batch_size=batch_size, device=device, workers=workers,
             limit=limit, seed=seed, progress=progress,
         )  # fmt: skip
         return found, run

@@ -13,6 +13,7 @@ from torch import nn
 from freezeplan.apply import freeze
 from freezeplan.cache import key as cache
 from freezeplan.cache import replay
+from freezeplan.cache.calls import given_together
 from freezeplan.cache.prefix import Prefix
 from freezeplan.cache.replay_proof import prove
 from freezeplan.cache.watch import watch
@@ -42,12 +43,14 @@ class Cuts:
     """By how much two equal passes differ on this device, as ``prove`` measured it."""
 
 
-def prefix_of(model: nn.Module, sample: torch.Tensor) -> Prefix:
+def prefix_of(model: nn.Module, *samples: torch.Tensor) -> Prefix:
     """Say what of a pass can be cached as the model is now; see ``AppliedPlan.prefix``."""
-    return watch(model, sample, {module.name: module.random for module in describer.describe(model).modules})
+    random = {module.name: module.random for module in describer.describe(model).modules}
+    with given_together(model, len(samples)):
+        return watch(model, samples[0] if len(samples) == 1 else torch.stack(samples, 1), random)
 
 
-def find_cuts(model: nn.Module, resolution: Resolution, index: int, sample: torch.Tensor) -> Cuts:
+def find_cuts(model: nn.Module, resolution: Resolution, index: int, sample: torch.Tensor, together: int) -> Cuts:
     """Find and prove what can be kept. The model is put into other phases for it, and is in this one afterwards.
 
     Args:
@@ -55,6 +58,7 @@ def find_cuts(model: nn.Module, resolution: Resolution, index: int, sample: torc
         resolution: What the plan means for it.
         index: Number of the phase that holds now.
         sample: A batch of at least two images, (N, C, H, W), on the model's device.
+        together: Images that the model takes at a time; with several the sample is (N, K, C, H, W).
 
     Raises:
         ApplyError: If nothing can be cached, or the pass over features is not the plain one.
@@ -68,7 +72,7 @@ def find_cuts(model: nn.Module, resolution: Resolution, index: int, sample: torc
         raise ApplyError(f"there is nothing to cache: {now}", notes=["train on images, with the same plan"])
     if now.advice:
         warnings.warn(now.advice, FreezePlanWarning, stacklevel=4)
-    rest = replay.Rest(model, now)
+    rest = replay.Rest(model, now, together)
     difference = prove(model, rest, now, sample)
     kept, live = [Cut(here, now)], names.survey(model)
     still = frozen = _frozen(here)
@@ -101,6 +105,7 @@ def places(
     model: nn.Module,
     resolution: Resolution,
     cuts: Cuts,
+    after: Cut | None,
     directory: Path,
     dtype: cache.FeatureDtype,
     device: torch.device,
@@ -111,6 +116,7 @@ def places(
         model: The model; what is frozen is read for the keys.
         resolution: What the plan means for it.
         cuts: What ``find_cuts`` found.
+        after: A cut of another plan, which counts where that plan freezes less.
         directory: Holds a folder for each key.
         dtype: Of the numbers on disk.
         device: Where they are computed.
@@ -124,8 +130,10 @@ def places(
         return cache.Boundary(cut.prefix, directory / key, _about(resolution, cut, dtype))
 
     found = {one.folder: one for one in map(boundary, cuts.kept)}
+    other = after is not None and _frozen(after.part) < _frozen(cuts.kept[0].part)
+    before = cuts.before or (after if other else None)
     # half the digits, run through more layers, are less than half the digits
-    earlier = boundary(cuts.before) if cuts.before is not None and dtype == "float32" else None
+    earlier = boundary(before) if before is not None and dtype == "float32" else None
     return list(found.values()), earlier
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from freezeplan.cache import boundaries, fill, items, key, reader, replay, store
-from freezeplan.cache.calls import undisturbed
+from freezeplan.cache.calls import given_together, undisturbed
 from freezeplan.cache.features import Features, Images
 from freezeplan.cache.memory import FeatureDtype, Keep
 from freezeplan.resolve.resolution import Resolution
@@ -28,7 +29,8 @@ def cached(
     dataset: Dataset[Any],
     directory: str | Path | None,
     *,
-    image: str | None,
+    image: items.ImageKeys | None,
+    after: boundaries.Cut | None,
     views: int,
     dtype: FeatureDtype,
     keep: Keep,
@@ -54,7 +56,11 @@ def cached(
             same each time.
         directory: Where features are kept; the user's cache folder if not given. It may be shared by plans, models
             and data sets, and by processes, which then share the work.
-        image: The key of the image where the data set gives mappings; found by itself where one image is in them.
+        image: The key of the image where the data set gives mappings; found by itself where one image is in them. Keys,
+            or in tuples places such as ``(0, 1)``, of all images where the model takes several of one size, in its
+            order; their features are one row, in the place of the first.
+        after: Where the features of another plan were cut, which freezes less of the model. Where these are on disk and
+            lead to the new ones, bit by bit, the model goes on from them, and not from the images.
         views: Number of fixed augmented versions of each image; then the data set may augment at random.
         dtype: Of the numbers that are kept. float32 keeps results; the others take half the room.
         keep: Where features are while a model is trained on them. ``device``: where the model is; ``host``: in host
@@ -83,13 +89,14 @@ def cached(
             the first.
     """
     reader.check_arguments(dataset, views=views, batch_size=batch_size, dtype=dtype, keep=keep, prepare=prepare)
-    image = items.image_key(dataset, image, raw=prepare is not None)
-    dataset = dataset if image is None else items.Pairs(dataset, image)
+    layout = items.find_layout(dataset, image, raw=prepare is not None)
+    dataset = dataset if layout is None else items.Parted(dataset, layout)
+    together = 1 if layout is None else layout.images
     home = next(model.parameters()).device
     there = home if device is None else torch.device(device)
     reader.check_fixed(dataset, views, seed, prepare)
     where = store.default_directory() if directory is None else Path(directory)
-    with undisturbed(model):
+    with undisturbed(model), given_together(model, together):
         model.to(there)
         try:
             raw = reader.first_images(dataset, views, seed, prepare).to(there)
@@ -98,29 +105,32 @@ def cached(
             sample = reader.prepared(raw, prepare)
             if resolution.plan.phases and (obstacle := boundaries.prefix_of(model, sample).obstacle):
                 images = Images(dataset, views=views, seed=seed, prepare=prepare, device=home, reason=obstacle)
-                images.image = image
+                images.layout = layout
                 return images, model, known
-            facts = (sample.shape, sample.dtype, repr(key.arithmetic(sample.device)))
+            facts = (together, sample.shape, sample.dtype, repr(key.arithmetic(sample.device)))
             if known is None or known[0] != facts:
-                known = facts, boundaries.find_cuts(model, resolution, phase, sample)
+                known = facts, boundaries.find_cuts(model, resolution, phase, sample, together)
             cuts = known[1]
-            found, earlier = boundaries.places(model, resolution, cuts, where, dtype, there)
+            found, earlier = boundaries.places(model, resolution, cuts, after, where, dtype, there)
             model.train()
             prefixes = [one.prefix for one in found]
             (plain,) = replay.capture(model, prefixes[:1], sample, gradients=True)
             with replay.channels_last(model, prefixes, sample):
                 first = reader.first_batch(dataset, views, seed, batch_size, prepare).to(there)
                 batch = reader.prepared(first, prepare)
-                if earlier is not None and not replay.leads(model, earlier.prefix, prefixes, batch):
-                    earlier = None
-                features = fill.fill(
+                if earlier is not None:
+                    leading = replay.leading(model, earlier.prefix, prefixes, batch)
+                    earlier = None if leading is None else replace(earlier, prefix=leading)
+                features, fresh = fill.fill(
                     model, found, dataset, views=views, seed=seed, dtype=dtype, batch_size=batch_size, device=there,
                     home=home, workers=workers, limit=limit, progress=progress, earlier=earlier, keep=keep,
                     prepare=prepare,
                 )  # fmt: skip
-                features.difference = key.check_stored(model, prefixes[0], batch, features, there, plain)
+                if fresh is None or there.type != "cpu":
+                    (fresh,) = replay.capture(model, prefixes[:1], batch)
+                features.difference = key.check_stored(features, fresh, plain)
                 features.repeat_difference = cuts.repeat_difference
-                features.image = image
+                features.layout, features.cut = layout, cuts.kept[0]
         finally:
             model.to(home)
             if prepare is not None:

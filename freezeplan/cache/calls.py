@@ -40,6 +40,43 @@ def _called(around: Around, module: nn.Module, forward: Callable[..., Any], *arg
     return around(module, forward, args, kwargs)
 
 
+@contextlib.contextmanager
+def given_together(model: nn.Module, images: int) -> Iterator[None]:
+    """Let a model that takes several images take them as one tensor while the context is open.
+
+    Args:
+        model: Its ``forward`` begins with K images, (N, C, H, W) each.
+        images: K; with 1 nothing is changed. Then it takes (N, K, C, H, W) in their place.
+
+    Examples:
+        >>> class Both(nn.Module):
+        ...     def forward(self, left, right):
+        ...         return left - right
+        >>> with given_together(model := Both(), 2):
+        ...     model(torch.tensor([[5, 3]]))
+        tensor([2])
+    """
+    before = model.__dict__.get("forward")
+    if images == 1 or hasattr(before, "together"):
+        yield
+        return
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def together(given: Tensor, *others: Any, **named: Any) -> Any:
+        return forward(*given.unbind(1), *others, **named)
+
+    together.together = True  # type: ignore[attr-defined]
+    model.__dict__["forward"] = together
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.__dict__["forward"]
+        else:
+            model.__dict__["forward"] = before
+
+
 def named(model: nn.Module) -> dict[int, str]:
     """Return ``id`` of each module below a model -> its first canonical name."""
     found: dict[int, str] = {}

@@ -6,25 +6,28 @@ import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from freezeplan.cache.items import joined
+from freezeplan.cache.items import Layout
 from freezeplan.cache.memory import to_device, to_host
 from freezeplan.cache.reader import Reader, Targets, image_of, prepared, stacked, targets_of
 from freezeplan.cache.writer import Writer, load
 from freezeplan.errors import ApplyError
+
+if TYPE_CHECKING:
+    from freezeplan.cache.boundaries import Cut
 
 
 class Features(Dataset[Any]):
     """Features of a data set's images, in their order, each with what the data set gives beside the image.
 
     An item is ``(features, *targets)``, features of shape (E,) in host memory; features alone where the data set gives
-    images alone; a mapping with features under the image's key where it gives mappings. With K views an item is one of
-    an image's K, drawn by torch's random state. ``batch`` gives features on the device.
+    images alone; a mapping with features under the (first) image's key where it gives mappings. With K views an item is
+    one of an image's K, drawn by torch's random state. ``batch`` gives features on the device.
 
     Args:
         shards: The files, in order.
@@ -69,8 +72,10 @@ class Features(Dataset[Any]):
         self.repeat_difference = 0.0
         """By how much two equal passes differ on this device, relative to the largest number; measured. Where it is not
         0, some sums have no fixed order, and the pass over features was not compared with the plain one there."""
-        self.image: str | None = None
-        """The key of the features in an item, where the data set gives mappings."""
+        self.layout: Layout | None = None
+        """Where the images are in an item; None where they are its first value."""
+        self.cut: Cut | None = None
+        """Where the pass was cut, for ``applied.cached(..., after=features.cut)`` of a plan that freezes more."""
         self._open: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -160,7 +165,9 @@ class Features(Dataset[Any]):
 
     def _item(self, row: int, features: Tensor) -> Any:
         targets = self._targets[row]
-        return features if targets is None else joined((features, *targets), self.image)
+        if self.layout is not None and targets is not None:
+            return self.layout.with_features(features, targets[0])
+        return features if targets is None else (features, *targets)
 
     def __str__(self) -> str:
         where = {"device": f"on {self._device}", "host": "in host memory", "disk": "on disk"}[self.kept]
@@ -209,8 +216,8 @@ class Images(Dataset[Any]):
         self._reader, self.views, self._prepare = Reader(dataset, views, seed), views, prepare
         self.device, self.reason = device, reason
         self._count = len(self._reader) // views
-        self.image: str | None = None
-        """The key of the image in an item, where the data set gives mappings."""
+        self.layout: Layout | None = None
+        """Where the images are in an item; None where they are its first value."""
 
     def __len__(self) -> int:
         return self._count
@@ -220,16 +227,16 @@ class Images(Dataset[Any]):
             raise IndexError(f"image {index} of {self._count}")
         view = int(torch.randint(self.views, ())) if self.views > 1 else 0
         item = self._reader[view * self._count + index % self._count]
-        if self._prepare is None:
-            return joined(item, self.image)
-        image = image_of(item, self._prepare)
-        home = next((tensor.device for tensor in self._prepare.buffers()), image.device)
-        image = prepared(image[None].to(home), self._prepare)[0].to(image.device)
-        targets = targets_of(item)
-        return image if targets is None else joined((image, *targets), self.image)
+        if self._prepare is not None:
+            image = image_of(item, self._prepare)
+            home = next((tensor.device for tensor in self._prepare.buffers()), image.device)
+            image = prepared(image[None].to(home), self._prepare)[0].to(image.device)
+            targets = targets_of(item)
+            item = image if targets is None else (image, *targets)
+        return item if self.layout is None else self.layout.with_images(*item)
 
     def batch(self, indices: Sequence[int] | Tensor, view: int = 0) -> Tensor:
-        """Return some images as the model gets them, (N, C, H, W), on ``device``.
+        """Return some images as the model gets them, (N, C, H, W), on ``device``; K of each item, (N, K, C, H, W).
 
         Args:
             indices: Which images, N of them.

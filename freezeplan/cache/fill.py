@@ -49,12 +49,15 @@ def fill(
     earlier: Boundary | None = None,
     keep: Keep = "auto",
     prepare: nn.Module | None = None,
-) -> Features:
+) -> tuple[Features, Tensor | None]:
     """Compute what is not there yet, and return the features of the first boundary.
 
     Every image is read once, to know whose features they are; the model runs on those of shards that are missing, or on
     their features at an ``earlier`` boundary, where they are there. What another process is writing is left to it.
     ``AppliedPlan.cached`` says what the other arguments are; ``home`` is where the model is trained.
+
+    Returns:
+        The features; those of the first batch as they were computed just now, (N, E), None where they were on disk.
 
     Raises:
         FreezePlanError: If the features do not fit on the disk or under the limit, an image has another shape, or a
@@ -92,11 +95,12 @@ def fill(
             passes.run([(images, name) for images in read(reader, rows, batch_size, most, 0, prepare)], at)
     finally:
         writer.close()
-    return Features(
+    features = Features(
         [boundaries[0].folder / name for name in passes.names], most * batch_size, passes.targets,
         count=len(reader) // views, views=views, computed=passes.computed, seconds=passes.seconds, device=home,
         kept=place, memory=memory, writer=writer,
     )  # fmt: skip
+    return features, passes.first
 
 
 def _hashed(shards: Iterable[Batches], prepare: nn.Module | None) -> Iterator[tuple[Batches, str]]:
@@ -153,6 +157,8 @@ class _Passes:
     names: list[str] = field(default_factory=list)
     computed: int = 0
     seconds: float = 0.0
+    first: Tensor | None = None
+    """The first batch's features, (N, E), where they were computed here, from images."""
     waiting: list[tuple[int, str]] = field(default_factory=list)
     """First row and name of shards that another process writes."""
     done: int = 0
@@ -244,6 +250,8 @@ class _Passes:
                 if part.is_floating_point() and torch.finfo(part.dtype).max > torch.finfo(numbers).max:
                     lost = part.isfinite() & ~kept.isfinite()
                     overflow.append(torch.where(lost, part.abs(), 0).amax())
+                if at == row == shard.rows.start == 0 and ahead is None:
+                    self.first = part.clone()
             row += len(batch)
         if 0 in shard.features and self.memory is not None and self.memory.device != self.device:
             shard.features[0] = self.memory[shard.rows].copy_(shard.features[0], non_blocking=True)

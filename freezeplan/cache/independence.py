@@ -96,12 +96,13 @@ def check_independent(
             for an image with all its companions exchanged.
     """
     found = features(images)
-    if not same(found, features(images)):
-        raise _dependent(_first(model, modules, images, images, None, features), NOT_TWICE)
     for place in range(len(images)):
         others = exchanged(images, place)
-        if not same(features(others)[place], found[place]):
-            raise _dependent(_first(model, modules, images, others, place, features), ON_BATCH)
+        if same(features(others)[place], found[place]):
+            continue
+        if not same(features(images), found):
+            raise _dependent(_first(model, modules, images, images, None, features), NOT_TWICE)
+        raise _dependent(_first(model, modules, images, others, place, features), ON_BATCH)
     return found
 
 

@@ -20,7 +20,6 @@ from freezeplan.cache.features import Features
 from freezeplan.cache.independence import largest_difference, same
 from freezeplan.cache.memory import FeatureDtype as FeatureDtype
 from freezeplan.cache.prefix import Prefix
-from freezeplan.cache.replay import capture
 from freezeplan.errors import ApplyError
 from freezeplan.model import describer, names
 from freezeplan.model.digest import digest
@@ -100,20 +99,14 @@ class Boundary:
     """What ``freezeplan cache ls`` says of them."""
 
 
-def check_stored(
-    model: nn.Module, prefix: Prefix, images: Tensor, features: Features, device: torch.device, plain: Tensor
-) -> float:
-    """Compute the first batch of features once more, and compare it with what is stored, bit by bit.
-
-    It is the very computation that stored them: the same images in one batch, under the same autocast, with weights in
-    the same memory format.
+def check_stored(features: Features, fresh: Tensor, plain: Tensor) -> float:
+    """Compare the first batch of features with what is stored, bit by bit.
 
     Args:
-        model: As it was when the features were computed.
-        prefix: What is cached of it.
-        images: The first batch of them, (N, C, H, W), as the model gets them.
         features: What is stored.
-        device: Where the passes run.
+        fresh: The first batch of them, (N, E), from the very computation that stored them: the same images in one
+            batch, under the same autocast, with weights in the same memory format. A GPU computes them once more in any
+            case: it chooses kernels by the number of images, and some of them sum in no fixed order.
         plain: The features that the first three images have in a plain training step of three, (3, E).
 
     Returns:
@@ -124,8 +117,7 @@ def check_stored(
     Raises:
         ApplyError: If they differ: something that no digest covers has changed.
     """
-    fresh = capture(model, [prefix], images.to(device))[0]
-    stored = features.batch(range(min(len(fresh), len(features)))).to(device)
+    stored = features.batch(range(min(len(fresh), len(features)))).to(fresh.device)
     if not same(fresh[: len(stored)].to(stored.dtype), stored):
         raise ApplyError(
             "the features on disk are not those that the model gives now",

@@ -82,6 +82,9 @@ class Prefix:
     """By how much the features of an image change with the number of images in its batch, relative to the largest
     feature. A GPU chooses its kernels by shape, so their rounding differs. It is measured, and only reported."""
 
+    channels_last: bool = False
+    """Whether its outputs are handed on channels-last, in whatever order they are stored."""
+
     @property
     def stored(self) -> tuple[Call, ...]:
         """The calls whose outputs the rest of the pass reads."""

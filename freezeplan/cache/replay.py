@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -11,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freezeplan.cache.calls import intercepted, named, tensors
+from freezeplan.cache.calls import given_together, intercepted, named, tensors
 from freezeplan.cache.independence import same
 from freezeplan.cache.prefix import Call, Output, Prefix
 from freezeplan.errors import ApplyError
 from freezeplan.model import names
 from freezeplan.model.sharded import is_sharded
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 class Rest(nn.Module):
@@ -29,19 +32,23 @@ class Rest(nn.Module):
     Args:
         model: With a live plan.
         prefix: What ``watch`` found on it.
+        together: Images that the model takes at a time.
     """
 
     _model: nn.Module
+    _together: int
     _parts: dict[str, list[nn.Module]]
     _frozen: list[nn.Parameter]
     _prefix: Prefix
     _first: str
 
-    def __init__(self, model: nn.Module, prefix: Prefix):
+    def __init__(self, model: nn.Module, prefix: Prefix, together: int = 1):
         super().__init__()
         self.__dict__["_model"] = model  # not registered: its frozen parameters are not this module's
         self.__dict__["_prefix"] = prefix
-        self.__dict__["_first"] = next(iter(inspect.signature(model.forward).parameters), "")
+        self.__dict__["_together"] = together
+        first = next(iter(inspect.signature(model.forward).parameters.values()), None)
+        self.__dict__["_first"] = first.name if first is not None and first.kind in _NAMED else ""
         self.__dict__["_parts"] = _parts(model, prefix)
         self.__dict__["_frozen"] = [p for found in self._parts.values() for m in found for p in m.parameters()]
         _adopt(self, model)
@@ -61,7 +68,8 @@ class Rest(nn.Module):
         """
         by_name = not given and self._first in named
         if not given and not by_name:
-            raise ApplyError(f"features are the first argument, or {self._first}=; found {', '.join(named) or 'none'}")
+            way = f", or {self._first}=" if self._first else ""
+            raise ApplyError(f"features are the first argument{way}; found {', '.join(named) or 'none'}")
         features: Tensor = named.pop(self._first) if by_name else given[0]
         elements = self._prefix.elements
         if features.ndim != 2 or features.shape[1] != elements:
@@ -74,9 +82,10 @@ class Rest(nn.Module):
                 "what these features were computed with is trained now, so they are of no use",
                 notes=["after a new phase: features, rest = applied.cached(...) again"],
             )
-        with _answering(self._parts, self._prefix, features):
+        together = given_together(self._model, self._together) if self._together > 1 else contextlib.nullcontext()
+        with together, _answering(self._parts, self._prefix, features):
             images = _no_images(self._prefix, features)
-            if by_name:
+            if by_name and self._together == 1:
                 return self._model(**{self._first: images}, **named)
             return self._model(images, *given[1:], **named)
 
@@ -148,7 +157,9 @@ def _unpacked(prefix: Prefix, features: Tensor) -> Iterator[tuple[tuple[str, int
             at += output.elements
             size = (images * rows, *others)
             lying = part.reshape([size[axis] for axis in output.order])
-            found.append(lying.permute([output.order.index(axis) for axis in range(len(size))]).to(output.dtype))
+            tensor = lying.permute([output.order.index(axis) for axis in range(len(size))]).to(output.dtype)
+            last = prefix.channels_last and tensor.ndim == 4
+            found.append(tensor.contiguous(memory_format=torch.channels_last) if last else tensor)
         yield (call.module, call.number), call.answer(found)
 
 
@@ -199,12 +210,12 @@ def capture(
     ]
 
 
-def leads(model: nn.Module, earlier: Prefix, prefixes: Sequence[Prefix], images: Tensor) -> bool:
-    """Return whether the features that are kept for one prefix lead to those of others, bit by bit.
+def leading(model: nn.Module, earlier: Prefix, prefixes: Sequence[Prefix], images: Tensor) -> Prefix | None:
+    """Return one prefix as its features lead to those of others, bit by bit; None where they do not.
 
     Features lie in memory in the order that they are stored in, which is not always that of the plain pass: a sum over
-    another order rounds differently. So it is tried as ``fill`` computes: with as many images and under
-    ``channels_last``.
+    another order rounds differently. So it is tried as ``fill`` computes, with as many images and under
+    ``channels_last``; in the order that they are stored in, then channels-last.
 
     Args:
         model: As it was watched last; it is in train mode afterwards.
@@ -212,14 +223,19 @@ def leads(model: nn.Module, earlier: Prefix, prefixes: Sequence[Prefix], images:
         prefixes: What is found now.
         images: A batch, (N, C, H, W), to try it on.
     """
-    if not earlier.stored:
-        return False
+    if not earlier.stored or earlier.image_shape != prefixes[0].image_shape:
+        return None
     model.train()
-    try:
-        behind = capture(model, prefixes, capture(model, [earlier], images)[0], earlier)
-    except RuntimeError:  # a shape of features that were not kept
-        return False
-    return all(map(same, capture(model, prefixes, images), behind))
+    features, *wanted = capture(model, [earlier, *prefixes], images)
+    for last in (False, True):
+        tried = dataclasses.replace(earlier, channels_last=last)
+        try:
+            behind = capture(model, prefixes, features, tried)
+        except RuntimeError:  # a shape of features that were not kept
+            return None
+        if all(map(same, wanted, behind)):
+            return tried
+    return None
 
 
 @contextlib.contextmanager

@@ -53,6 +53,12 @@ def compare(
     resume: Annotated[
         bool, typer.Option("--resume", help="Take the trials that --out holds; train the others.")
     ] = False,
+    halving: Annotated[
+        bool,
+        typer.Option(
+            "--halving", help="Stop the worse half of plans and rates after a part of the epochs, several times."
+        ),
+    ] = False,
     skip_bad: SkipBadOption = False,
     device: DeviceOption = "auto",
     amp: Annotated[Amp | None, typer.Option(**one_of(Amp), help="Autocast.", show_default="float32")] = None,
@@ -81,8 +87,9 @@ def compare(
         raise MissingExtraError.of(error, "run") from None
     code = compare_plans(
         plans, data=data, model=model, weights=weights, data_dir=data_dir, lr=lr or (), seed=seed or (), epochs=epochs,
-        batch_size=batch_size, image_size=image_size, out=out, resume=resume, skip_bad=skip_bad, device=device,
-        amp=amp, threads=threads, workers=workers, cache=cache, cache_dir=cache_dir, ray=on == "ray", address=address,
+        batch_size=batch_size, image_size=image_size, out=out, resume=resume, halving=halving, skip_bad=skip_bad,
+        device=device, amp=amp, threads=threads, workers=workers, cache=cache, cache_dir=cache_dir,
+        ray=on == "ray", address=address,
     )  # fmt: skip
     if code:
         raise typer.Exit(code)

@@ -7,7 +7,7 @@ created on the meta device.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -125,6 +125,21 @@ class Description:
         return {name: frozenset(tensors) for name, tensors in below.items()}
 
     @cached_property
+    def types(self) -> tuple[str, ...]:
+        """Class names of the model itself, its own first."""
+        return next((module.types for module in self.modules if not module.name), ())
+
+    @cached_property
+    def tensor_paths(self) -> Mapping[str, tuple[str, ...]]:
+        """Tensor -> each of its names, behind the names of the modules above it, outermost first."""
+        return _paths(self.tensors)
+
+    @cached_property
+    def module_paths(self) -> Mapping[str, tuple[str, ...]]:
+        """Module, the root excluded -> each of its names, behind the names of the modules above it."""
+        return _paths(module for module in self.modules if module.name)
+
+    @cached_property
     def last_stage(self) -> int:
         """Number of the last stage, which is the number of stages without the stem; of parts, that of the deepest."""
         return max(self.stages.values(), default=0)
@@ -147,6 +162,10 @@ class Description:
             first = tensor.name.partition(".")[0]
             top[first] = top.get(first, 0) + 1
         return top
+
+
+def _paths(things: Iterable[Tensor | Module]) -> Mapping[str, tuple[str, ...]]:
+    return {one.name: tuple(part for name in one.names for part in (*prefixes(name), name)) for one in things}
 
 
 def prefixes(name: str) -> Iterator[str]:

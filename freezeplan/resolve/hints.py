@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 
-from freezeplan.model.description import Description, prefixes
+from freezeplan.model.description import Description
 from freezeplan.plan.schema import Plan
 from freezeplan.resolve.select import escaped, match_tensors, match_types
 
@@ -88,7 +88,7 @@ def _head_alone(plan: Plan, model: Description, frozen: Collection[str]) -> Iter
     beside = model.beside_head.intersection(frozen)
     left = [tensor for tensor in model.tensors if tensor.name in beside and len(tensor.shape) > 1]
     if left:
-        holders = {above for name in head for above in prefixes(name)}
+        holders = {above for name in head for above in model.tensor_paths[name]}
         places = (tensor.name if tensor.module in holders else tensor.module for tensor in left)
         named = dict.fromkeys(re.sub(r"(?<=pre_logits)[.].*", "", place) for place in places)
         match = ", ".join(named) if len(named) == 1 else f"[{', '.join(named)}]"

@@ -7,11 +7,11 @@ module and all below it; ``features.1`` is not ``features.10``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from freezeplan.errors import nearest
-from freezeplan.model.description import Description, prefixes
+from freezeplan.model.description import Description
 from freezeplan.plan.regex import Pattern, SlowPatternError
 from freezeplan.plan.schema import Rule
 
@@ -68,7 +68,7 @@ def _modules(rule: Rule, model: Description, tensors: set[str]) -> tuple[str, ..
         modules &= match_modules(rule.match, model)
     if rule.type:
         of_type = match_types(rule.type, model)
-        modules &= {m.name for m in model.modules if any(up in of_type for n in m.names for up in (*prefixes(n), n))}
+        modules &= {m.name for m in model.modules if m.name and not of_type.isdisjoint(model.module_paths[m.name])}
     if rule.role:
         modules &= _with_role(rule.role, model)
     if rule.stage:
@@ -82,12 +82,14 @@ def _with_role(roles: Iterable[str], model: Description) -> frozenset[str]:
 
 def match_tensors(patterns: Iterable[str], model: Description) -> set[str]:
     """Return the tensors of which any pattern matches a name, or the name of a module above it."""
-    return _matching(patterns, ((tensor.name, tensor.names) for tensor in model.tensors))
+    return _matching(patterns, {tensor.name: tensor.names for tensor in model.tensors}, model.tensor_paths)
 
 
 def match_modules(patterns: Iterable[str], model: Description) -> set[str]:
     """Return the modules, root excluded, of which any pattern matches a name or the name of a module above it."""
-    return _matching(patterns, ((module.name, module.names) for module in model.modules if module.name))
+    return _matching(
+        patterns, {module.name: module.names for module in model.modules if module.name}, model.module_paths
+    )
 
 
 def match_types(patterns: Iterable[str], model: Description) -> set[str]:
@@ -103,14 +105,9 @@ def match_types(patterns: Iterable[str], model: Description) -> set[str]:
 ROOT_NOTE = "{!r} names the model itself, which is no candidate: .* takes everything"
 
 
-def _root(model: Description) -> tuple[str, ...]:
-    """The class names of the model itself."""
-    return next((module.types for module in model.modules if not module.name), ())
-
-
 def names_root(patterns: Iterable[str], model: Description) -> bool:
     """Whether any pattern matches the whole name of the model's own class, or of a base."""
-    return any(regex.fullmatch(name) for regex in map(Pattern, patterns) for name in _root(model))
+    return any(regex.fullmatch(name) for regex in map(Pattern, patterns) for name in model.types)
 
 
 def stage_numbers(text: str, last: int) -> range:
@@ -130,12 +127,13 @@ def stage_numbers(text: str, last: int) -> range:
     return range(max(low, 0), (number(end, last) if dots else low) + 1)
 
 
-def _matching(patterns: Iterable[str], named: Iterable[tuple[str, tuple[str, ...]]]) -> set[str]:
-    named = list(named)
+def _matching(
+    patterns: Iterable[str], named: Mapping[str, tuple[str, ...]], paths: Mapping[str, tuple[str, ...]]
+) -> set[str]:
     found: set[str] = set()
     for pattern in patterns:
         if pattern == ".*":
-            return {first for first, _ in named}
+            return set(named)
         regex, whole_only = Pattern(pattern), bool(_LOOKAROUND.search(pattern))
         seen: dict[str, bool] = {}
 
@@ -144,10 +142,7 @@ def _matching(patterns: Iterable[str], named: Iterable[tuple[str, tuple[str, ...
                 seen[name] = regex.fullmatch(name)
             return seen[name]
 
-        for first, names in named:
-            candidates = names if whole_only else (part for name in names for part in (*prefixes(name), name))
-            if any(map(hit, candidates)):
-                found.add(first)
+        found |= {first for first, names in (named if whole_only else paths).items() if any(map(hit, names))}
     return found
 
 
@@ -170,7 +165,7 @@ def explain_miss(pattern: str, model: Description) -> tuple[str, ...]:
     At most three nearest names; the top level of the model when nothing is near.
     """
     regex = Pattern(pattern)
-    if any(regex.fullmatch(name) for name in (model.model, *_root(model))):
+    if any(regex.fullmatch(name) for name in (model.model, *model.types)):
         return (ROOT_NOTE.format(pattern),)
     empty = [module for module in model.modules if module.name and regex.fullmatch(module.name)]
     if empty:
@@ -186,7 +181,7 @@ def explain_miss(pattern: str, model: Description) -> tuple[str, ...]:
             f"'{wider}' matches {len(match_tensors([wider], model))} tensors",
         )
     literal = re.split(r"[\[\](){}*+?|^$]", pattern.replace(r"\.", ".").replace(r"\d", ""))[0].rstrip(".")
-    names = {name for tensor in model.tensors for full in tensor.names for name in (*prefixes(full), full)}
+    names = {name for path in model.tensor_paths.values() for name in path}
     depth = literal.count(".")
     close = nearest(literal, (name for name in names if name.count(".") <= depth + 1))
     if close:

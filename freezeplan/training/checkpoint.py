@@ -119,14 +119,7 @@ def open_checkpoints(
         notes = ["--resume goes on with it, --overwrite starts anew"]
         raise OutputError("holds an unfinished run", where=str(out), notes=notes)
     if resume and (begun or about.exists()):
-        found = _read_facts(about)
-        other = next((key for key in {**found, **wanted} if found.get(key) != wanted.get(key)), None)
-        if other is not None:
-            raise OutputError(
-                f"holds another run: its {other} is {found.get(other)}, now it is {wanted.get(other)}",
-                where=str(out),
-                notes=["give what it was begun with, or another --out"],
-            )
+        check_same_run(out, read_facts(about), wanted)
         return Checkpoints(folder, warn)
     try:
         _remove(folder)
@@ -139,7 +132,27 @@ def open_checkpoints(
     return Checkpoints(folder, warn)
 
 
-def _read_facts(about: Path) -> dict[str, Any]:
+def check_same_run(where: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Compare what is written down of a run with what is asked for now.
+
+    Raises:
+        OutputError: With the first fact that differs.
+    """
+    other = next((key for key in {**found, **wanted} if found.get(key) != wanted.get(key)), None)
+    if other is not None:
+        raise OutputError(
+            f"holds another run: its {other} is {found.get(other)}, now it is {wanted.get(other)}",
+            where=str(where),
+            notes=["give what it was begun with, or another --out"],
+        )
+
+
+def read_facts(about: Path) -> dict[str, Any]:
+    """Return what a file says of a run.
+
+    Raises:
+        OutputError: If it is damaged or missing.
+    """
     reason = "is damaged"
     try:
         found = json.loads(about.read_bytes())

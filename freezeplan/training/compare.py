@@ -3,82 +3,29 @@
 from __future__ import annotations
 
 import json
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from freezeplan import Plan, Rule, load_plan, resolve_plan
 from freezeplan.atomic import whole_file
-from freezeplan.errors import DataError, FreezePlanError, PlanError, Problem
+from freezeplan.errors import DataError, PlanError, Problem
 from freezeplan.model.describer import create_model
 from freezeplan.training.photos import split_each_class
 from freezeplan.training.ranking import Trial
 from freezeplan.training.settings import Settings
-from freezeplan.training.train import Progress, train_arm
-from freezeplan.training.voc import Split, VocData, load_split
-from freezeplan.training.weights import build
+from freezeplan.training.trials import Comparison, Engine, Job, Photos, Watch, one_by_one
+from freezeplan.training.voc import VocData, load_split
 
 RATES = (3e-4, 1e-3, 3e-3)
 """Base learning rates that are tried where none is given: a factor of about 3 apart, for AdamW."""
 CHOICE_SHARE = 0.2
 """Part of each class's training images that is held out, for choosing the rate."""
 SUFFIXES = (".yaml", ".yml", ".toml", ".json")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One plan to be trained at one rate with one seed."""
-
-    plan: str
-    lr: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """A name for a file."""
-        return f"{self.plan.replace('/', '+')}, lr {self.lr:g}, seed {self.seed}"
-
-
-@dataclass(frozen=True)
-class Photos:
-    """What every trial is trained and measured on."""
-
-    train: Split
-    held_out: Split
-    """Images held out of the training images, then the validation images."""
-    choice: int
-    """Number of the former; 0: all are both, so that what is chosen by them looks a little too good."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What all trials share besides the images."""
-
-    plans: Mapping[str, Plan]
-    settings: Settings
-    """Of every trial but for its rate."""
-    model: str
-    weights: str | None
-    classes: int
-
-
-class Watch(Progress, Protocol):
-    """Who is told how a comparison is getting on."""
-
-    def started(self, job: Job, images: int) -> None:
-        """Take note of a job that starts and of the images it will be trained on, all epochs together."""
-
-    def finished(self, trial: Trial) -> None:
-        """Take note of a job that is done."""
-
-    def failed(self, job: Job, error: FreezePlanError) -> None:
-        """Take note of a job that cannot be done."""
 
 
 def load_plans(given: Sequence[str | Path]) -> Mapping[str, Plan]:
@@ -145,6 +92,26 @@ def fit_to(plans: Mapping[str, Plan], model: nn.Module) -> tuple[Mapping[str, Pl
     return fitting, tuple(notes)
 
 
+def least_frozen_first(plans: Mapping[str, Plan], model: nn.Module) -> list[str]:
+    """Return the names of plans, those first that freeze the fewest elements in all of their phases.
+
+    So the features of a plan can be made of those of the plan before it, where that one freezes a part of what it does.
+
+    Args:
+        plans: Name to plan; all fit the model.
+        model: It may be on the meta device.
+
+    Examples:
+        >>> plans = load_plans(["linear_probe", "surgical_last", "full"])
+        >>> least_frozen_first(plans, blank("test_resnet", 3))
+        ['full', 'surgical_last', 'linear_probe']
+    """
+    frozen = {
+        name: sum(row.elements for row in resolve_plan(plan, model).always_frozen) for name, plan in plans.items()
+    }
+    return sorted(plans, key=lambda name: frozen[name])
+
+
 def _head(model: nn.Module) -> set[str]:
     probe = Plan.model_validate({"version": 1, "rules": [{"role": "head", "lr_mult": 1}], "default": {"frozen": True}})
     try:
@@ -209,72 +176,14 @@ def decode_photos(
     return Photos(train, rest, choice - sum(photo.file in bad for photo in held.val[:choice]))
 
 
-def train_one(job: Job, comparison: Comparison, photos: Photos, progress: Progress) -> Trial:
-    """Train one plan at one rate with one seed, and measure it.
-
-    Args:
-        job: Which.
-        comparison: What all trials share.
-        photos: The images.
-        progress: Is told of steps and epochs.
-
-    Raises:
-        FreezePlanError: What building, applying and training raise.
-    """
-    settings = replace(comparison.settings, lr=job.lr)
-    device = torch.device(settings.device)
-    model = build(
-        comparison.model, classes=comparison.classes, image_size=settings.image_size, weights=comparison.weights,
-        seed=job.seed,
-    ).to(device)  # fmt: skip
-    plan = comparison.plans[job.plan]
-    trained = sum(group.elements for group in resolve_plan(plan, model).groups)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(settings.threads)
-    forget_peak(device)
-    started = time.perf_counter()
-    try:
-        run = train_arm(model, plan, (photos.train, photos.held_out), settings, seed=job.seed, progress=progress)
-    finally:
-        torch.set_num_threads(threads)
-    wrong = (torch.tensor(run.predicted) != photos.held_out.labels.cpu()).tolist()
-    choice, val = wrong[: photos.choice], wrong[photos.choice :]
-    return Trial(
-        plan=job.plan,
-        lr=job.lr,
-        seed=job.seed,
-        choice_error=sum(choice or val) / len(choice or val),
-        val_error=sum(val) / len(val),
-        train_error=run.train_error,
-        seconds=time.perf_counter() - started,
-        peak_bytes=peak(device),
-        trained=trained,
-        features=run.features > 0,
-        wrong=tuple(val),
-    )
-
-
-def in_turn(
-    jobs: Iterable[Job], comparison: Comparison, photos: Photos, watch: Watch
-) -> Iterator[Trial | tuple[Job, FreezePlanError]]:
-    """Train jobs one after the other, in this process; a job that cannot be done stops no other."""
-    for job in jobs:
-        watch.started(job, len(photos.train.labels) * comparison.settings.epochs)
-        try:
-            trial = train_one(job, comparison, photos, watch)
-        except FreezePlanError as error:
-            watch.failed(job, error)
-            yield job, error
-            continue
-        watch.finished(trial)
-        yield trial
-
-
-Engine = Callable[[Iterable[Job], Comparison, Photos, Watch], Iterator[Trial | tuple[Job, FreezePlanError]]]
-
-
 def compare(
-    jobs: Sequence[Job], comparison: Comparison, photos: Photos, watch: Watch, *, folder: Path, engine: Engine = in_turn
+    jobs: Sequence[Job],
+    comparison: Comparison,
+    photos: Photos,
+    watch: Watch,
+    *,
+    folder: Path,
+    engine: Engine | None = None,
 ) -> tuple[list[Trial], dict[Job, str]]:
     """Train all jobs, and keep each trial in a file as soon as it is done.
 
@@ -284,7 +193,7 @@ def compare(
         photos: The images.
         watch: Is told of everything.
         folder: Holds one JSON file a trial; it is made.
-        engine: Where the jobs run.
+        engine: Where the jobs run; in this process if not given.
 
     Returns:
         The trials in the order of ``jobs``, and for each job that could not be done its error.
@@ -292,11 +201,12 @@ def compare(
     folder.mkdir(parents=True, exist_ok=True)
     found = {job: trial for job in jobs if (trial := read_trial(folder / f"{job.name}.json")) is not None}
     failed: dict[Job, str] = {}
-    for done in engine([job for job in jobs if job not in found], comparison, photos, watch):
+    run = engine or one_by_one()
+    for done in run([job for job in jobs if job not in found], comparison, photos, watch):
         if isinstance(done, tuple):
             failed[done[0]] = str(done[1])
             continue
-        job = Job(done.plan, done.lr, done.seed)
+        job = Job(done.plan, done.lr, done.seed, done.until)
         found[job] = done
         with whole_file(folder / f"{job.name}.json") as temporary:
             temporary.write_text(json.dumps(asdict(done)), encoding="utf-8")
@@ -315,26 +225,3 @@ def read_trial(path: Path) -> Trial | None:
 def blank(model: str, classes: int) -> nn.Module:
     """Return a model with a new head on the meta device, for checking plans."""
     return create_model(model, num_classes=classes, meta=True)
-
-
-def forget_peak(device: torch.device) -> None:
-    """Begin to measure the largest memory anew."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return
-
-
-def peak(device: torch.device) -> int | None:
-    """Return the largest memory since ``forget_peak`` in bytes: of the GPU, or resident; None where it is not said."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    line = next((line for line in status.splitlines() if line.startswith("VmHWM:")), None)
-    return None if line is None else int(line.split()[1]) * 1024

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,25 +18,20 @@ from rich.text import Text
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
+from freezeplan import Plan
+from freezeplan.atomic import whole_file
 from freezeplan.errors import FreezePlanError, OutputError
 from freezeplan.report import terminal
-from freezeplan.training.compare import (
-    RATES,
-    Comparison,
-    Job,
-    blank,
-    compare,
-    decode_photos,
-    fit_to,
-    in_turn,
-    load_plans,
-)
+from freezeplan.training.checkpoint import check_same_run, read_facts
+from freezeplan.training.compare import RATES, blank, compare, decode_photos, fit_to, least_frozen_first, load_plans
 from freezeplan.training.compare_report import FILES, percent, print_ranking, write
+from freezeplan.training.halving import compare_by_halves, said
 from freezeplan.training.on_ray import on_ray
 from freezeplan.training.photos import read_photos
 from freezeplan.training.ranking import Trial, rank
 from freezeplan.training.settings import Amp, Settings
 from freezeplan.training.train import Epoch
+from freezeplan.training.trials import Comparison, Job, one_by_one
 from freezeplan.training.weights import default_image_size, weights_title
 
 TRIALS = "trials"
@@ -56,6 +52,7 @@ def compare_plans(
     image_size: int | None = None,
     out: Path | None = None,
     resume: bool = False,
+    halving: bool = False,
     skip_bad: bool = False,
     device: str = "auto",
     amp: Amp | None = None,
@@ -81,6 +78,7 @@ def compare_plans(
         image_size: Side in pixels; None: what the model was trained on.
         out: None: ``runs/compare-DATE-TIME``.
         resume: Take the trials that ``out`` holds, and train the others.
+        halving: Stop the worse half of plans and rates after a part of the epochs, several times.
         skip_bad: Leave out images that do not decode and classes that are in one split only.
         device: ``auto`` takes CUDA where there is one.
         amp: ``bf16`` or ``fp16`` for autocast; None: float32.
@@ -95,7 +93,8 @@ def compare_plans(
         0, or 1 where a plan could not be trained at one of its rates.
 
     Raises:
-        FreezePlanError: If the plans, the data, the model or its weights are no good, or ``out`` is not free.
+        FreezePlanError: If the plans, the data, the model or its weights are no good, or ``out`` is not free, or holds
+            trials of other photos, another model or other settings.
     """
     stdout, stderr = terminal.stdout(), terminal.stderr()
     loaded = load_plans(plans)
@@ -109,34 +108,44 @@ def compare_plans(
         optimizer="adamw", skip_bad=skip_bad, device=device_named(device), amp=amp, threads=threads or cores(),
         workers=workers or cores(), cache=cache, cache_dir=None if cache_dir is None else str(cache_dir),
     )  # fmt: skip
-    engine = on_ray(address) if ray else in_turn
-    fitting, notes = fit_to(loaded, blank(model, len(found.classes)))
+    engine = on_ray(address) if ray else one_by_one()
+    empty = blank(model, len(found.classes))
+    fitting, notes = fit_to(loaded, empty)
     comparison = Comparison(fitting, chosen, model, weights, len(found.classes))
-    jobs = [Job(plan, rate, one) for plan in fitting for one in seeds for rate in rates]
+    jobs = [Job(plan, rate, one) for plan in least_frozen_first(fitting, empty) for one in seeds for rate in rates]
     facts = {
         "data": f"{found.name}: {len(found.train):,} training and {len(found.val):,} validation images, "
         f"{len(found.classes)} classes",
         **({"split": found.note} if found.note else {}),
         "model": f"{model}; weights: {weights_title(model, weights)}",
         "images": f"{chosen.image_size} pixels, cropped and normalised as {model} expects",
-        "training": f"{epochs} epochs of AdamW, constant rate, batch size {batch_size}",
+        "training": f"{epochs} epochs of AdamW, constant rate, batch size {batch_size}{f', {amp}' if amp else ''}",
         "rates": ", ".join(f"{rate:g}" for rate in rates),
         "seeds": ", ".join(map(str, seeds)),
         **({"note": "; ".join(notes)} if notes else {}),
     }
     print_facts(stdout, facts)
+    same = {key: facts[key] for key in ("data", "model", "images", "training")} | {
+        "held-out images": f"seed {seeds[0]}"
+    }
+    _begin(out / TRIALS / "comparison.json", same, fitting)
     with Screen(stderr, len(jobs), epochs) as screen:
         photos = decode_photos(
             found, chosen, seed=seeds[0], transform=eval_transform(model, chosen.image_size), progress=screen.decoded
         )
-        trials, failed = compare(jobs, comparison, photos, screen, folder=out / TRIALS, engine=engine)
+        run = compare_by_halves if halving else compare
+        trials, failed, *rest = run(jobs, comparison, photos, screen, folder=out / TRIALS, engine=engine)
     whole = {plan for plan in fitting if not any(job.plan == plan for job in failed)}
     places = rank([trial for trial in trials if trial.plan in whole])
     print_ranking(stdout, places)
+    stopped = [said(trial, epochs) for trials in rest for trial in trials]
+    for line in stopped:
+        stdout.print(f"stopped: {line}", soft_wrap=True)
     results = {
         "facts": facts,
         "settings": asdict(chosen),
         "trials": [{key: value for key, value in asdict(trial).items() if key != "wrong"} for trial in trials],
+        "stopped": stopped,
         "failed": {job.name: message for job, message in failed.items()},
     }
     write(out, places, results, f"{len(places)} plans on {found.name}, {model}")
@@ -144,6 +153,20 @@ def compare_plans(
         stderr.print(f"failed: {job.name}: {message}", soft_wrap=True)
     stdout.print(f"\nWritten to {out}: {', '.join(FILES)}", soft_wrap=True)
     return 1 if failed else 0
+
+
+def _begin(about: Path, facts: Mapping[str, str], plans: Mapping[str, Plan]) -> None:
+    """Write down what the trials of a folder have in common, or compare it with what is written there.
+
+    Raises:
+        OutputError: If the trials in the folder are others, or what is written there is damaged.
+    """
+    texts = {f"plan {name}": plan.model_dump_json(exclude_defaults=True) for name, plan in plans.items()}
+    found, now = read_facts(about) if about.exists() else {}, {**facts, **texts}
+    check_same_run(about, found, {name: now.get(name, value) for name, value in found.items()})
+    about.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(about) as temporary:
+        temporary.write_text(json.dumps({**found, **now}, indent=2), encoding="utf-8")
 
 
 def eval_transform(model: str, image_size: int) -> Callable[[Any], Tensor]:

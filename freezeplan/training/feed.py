@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from freezeplan import AppliedPlan
+from freezeplan.cache.boundaries import Cut
 from freezeplan.cache.features import Features, Images
 from freezeplan.cache.memory import FeatureDtype
 from freezeplan.training.pixels import Pixels
@@ -47,6 +48,10 @@ class Feed:
     """That this took."""
     difference: float = 0.0
     """By how much the features differ from those of a plain step, relative to the largest; measured."""
+    wall_seconds: float = 0.0
+    """That making the feed took, with the proof and reading images."""
+    cut: Cut | None = None
+    """Where the passes were cut, if it keeps features."""
     on_device: bool = False
     """Whether the features of the training split are in the memory of a CUDA device."""
 
@@ -60,6 +65,7 @@ def feed(
     augmented: bool,
     directory: Path | None,
     limit: int | None,
+    after: Cut | None = None,
     dtype: FeatureDtype,
     progress: Callable[[int, int], None],
 ) -> Feed:
@@ -77,6 +83,7 @@ def feed(
         augmented: Whether training images are other ones each time, of which no features can be kept.
         directory: Where features are kept; None: the user's cache folder.
         limit: Bytes that it may hold at most; None: what the disk has.
+        after: See ``AppliedPlan.cached``.
         dtype: Of kept features.
         progress: Is told how many images of how many of a split have features.
 
@@ -96,6 +103,7 @@ def feed(
             batch_size=batch_size,
             dtype=dtype,
             limit=limit,
+            after=after,
             progress=progress,
         )
         for split in data
@@ -106,6 +114,7 @@ def feed(
     difference = max(one.difference for one in features)
     return Feed(
         module, kept[0], kept[1], kept=True, computed=computed, seconds=seconds, difference=difference,
+        cut=features[0].cut if isinstance(features[0], Features) else None,
         on_device=features[0].kept == "device" and features[0].device.type == "cuda",
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from freezeplan.training.feed import Feed, feed
 from freezeplan.training.pixels import Pixels
 from freezeplan.training.processes import Processes
 from freezeplan.training.settings import Settings
+from freezeplan.training.shared import Shared
 
 
 @dataclass
@@ -34,6 +35,8 @@ class Feeder:
     processes: Processes
     progress: Callable[[int, int], None]
     """Is told how many images of how many of a split have features."""
+    shared: Shared | None = None
+    """What earlier runs left, and what this one leaves."""
     seconds: float = 0.0
     """That all feeds took."""
     computed: int = 0
@@ -56,12 +59,15 @@ class Feeder:
         """
         begun = time.perf_counter()
         settings, title = self.settings, self.applied.plan.title
+        if self.shared is not None and self.shared.feeds:
+            return self.shared.feeds[""]
         devices = [torch.cuda.current_device()] if torch.device(settings.device).type == "cuda" else []
         with torch.random.fork_rng(devices=devices), explained(settings.batch_size):
             found = feed(
                 self.applied, self.data, batch_size=settings.batch_size, cache=settings.cache,
                 augmented=settings.augment != "none", limit=settings.cache_limit,
                 directory=Path(settings.cache_dir) if settings.cache_dir else None,
+                after=self.shared.after if self.shared is not None else None,
                 dtype=self.dtype, progress=self.progress,
             )  # fmt: skip
         if settings.compile:
@@ -73,7 +79,10 @@ class Feeder:
                 FreezePlanWarning,
                 stacklevel=3,
             )
-        self.seconds += time.perf_counter() - begun
+        found = replace(found, wall_seconds=time.perf_counter() - begun)
+        if self.shared is not None and not self.applied.plan.phases:
+            self.shared.feeds[""] = found
+        self.seconds += found.wall_seconds
         self.computed += found.computed
         self.features_seconds += found.seconds
         self.difference = max(self.difference, found.difference)

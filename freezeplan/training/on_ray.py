@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from freezeplan.errors import FreezePlanError, MissingExtraError
-from freezeplan.training.compare import Comparison, Engine, Job, Photos, Watch, train_one
 from freezeplan.training.ranking import Trial
+from freezeplan.training.shared import Shared
 from freezeplan.training.train import Epoch
+from freezeplan.training.trials import Comparison, Engine, Job, Photos, Watch, train_one
 
 RETRIES = 3
 """How often a task is run again whose worker or node died."""
@@ -86,7 +87,7 @@ def train_there(job: Job, shared: tuple[Comparison, Photos]) -> Trial | FreezePl
     """Train a job in a Ray worker; an error that names a mistake is returned, so that it arrives as it is."""
     comparison, photos = shared
     try:
-        return train_one(job, comparison, _moved(photos, comparison.settings.device), Silent())
+        return train_one(job, comparison, _moved(photos, comparison.settings.device), Silent(), Shared())
     except FreezePlanError as error:
         return error
 

@@ -39,6 +39,8 @@ class Trial:
     """Whether it was trained on cached features."""
     wrong: tuple[bool, ...]
     """For each validation image, whether its class was missed."""
+    until: int | None = None
+    """Epochs that it was trained, where it was stopped or may be; None: all of them."""
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from freezeplan import Plan, load_plan, resolve_plan
 from freezeplan.errors import PlanError
 from freezeplan.model.describer import describe
 from freezeplan.report.forecast import forecast
-from freezeplan.training.compare import Comparison, Job, Photos, Watch, blank, compare, read_trial
+from freezeplan.training.compare import blank, compare, read_trial
 from freezeplan.training.gradients import Pull, auto_rgn, fit_head, relative_gradient_norms, scored
 from freezeplan.training.pixels import Pixels
 from freezeplan.training.probe import Depth, carries_to, depth_profile, linear_head, stage_features
 from freezeplan.training.ranking import Place, Trial, rank
+from freezeplan.training.trials import Comparison, Job, Photos, Watch, one_by_one
 
 RATES = (1e-3, 3e-4, 3e-3)
 """Base learning rates of the rounds of trials: all plans at the first one, then at the next."""
@@ -273,6 +274,7 @@ def try_out(
     """
     trials: list[Trial] = []
     said: dict[str, str] = {}
+    engine = one_by_one()
     for job in in_order(list(left), rates, seed):
         if job.plan in said:
             continue
@@ -283,7 +285,7 @@ def try_out(
                 what = f"trials of {job.plan} from lr {job.lr:g} on" if own else f"trials of {job.plan}"
                 said[job.plan] = _skipped(what, needed, budget.left)
                 continue
-        done, failed = compare([job], comparison, photos, watch, folder=folder)
+        done, failed = compare([job], comparison, photos, watch, folder=folder, engine=engine)
         trials += done
         if failed:
             said[job.plan] = f"trial of {job.name}: failed, {failed[job].splitlines()[0]}"

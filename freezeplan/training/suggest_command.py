@@ -15,12 +15,13 @@ import torch
 from freezeplan.atomic import whole_file
 from freezeplan.errors import OutputError
 from freezeplan.report import terminal
-from freezeplan.training.compare import Comparison, Photos, blank
+from freezeplan.training.compare import blank
 from freezeplan.training.compare_command import TRIALS, Screen, cores, device_named, eval_transform, print_facts
 from freezeplan.training.photos import read_photos, split_each_class
 from freezeplan.training.settings import Device, Settings
 from freezeplan.training.suggest import RATES, Budget, suggest
 from freezeplan.training.suggest_report import FILES, print_evidence, print_trials, write
+from freezeplan.training.trials import Comparison, Photos
 from freezeplan.training.voc import Photo, VocData, load_split
 from freezeplan.training.weights import build, default_image_size, weights_title
 

@@ -26,6 +26,7 @@ from freezeplan.training.optimizers import make_optimizer
 from freezeplan.training.pixels import Pixels, draw
 from freezeplan.training.processes import Processes
 from freezeplan.training.settings import Amp, Settings
+from freezeplan.training.shared import Shared
 from freezeplan.training.step import TrainStep, no_graph
 from freezeplan.training.voc import Split
 
@@ -104,6 +105,8 @@ def train_arm(
     seed: int,
     progress: Progress,
     checkpoint: Checkpoint | None = None,
+    until: int | None = None,
+    shared: Shared | None = None,
     processes: Processes = Processes(),  # noqa: B008  # frozen
 ) -> Run:
     """Train one arm and measure it.
@@ -124,6 +127,8 @@ def train_arm(
         progress: Is told of every step and epoch.
         checkpoint: Where the state after each epoch is kept, and found again: on the CPU a run that was stopped at
             any moment and goes on gives the same bits as one that was not.
+        until: Epoch to stop after; with a checkpoint the run can go on from there. None: the last one.
+        shared: What earlier runs left, on the same images; and what this one leaves.
         processes: Those that share each batch, by DistributedDataParallel. A model without batch norm learns what one
             process would teach it, up to the order of summation; statistics of batch norm are of each process's share,
             and averaged before validation.
@@ -140,6 +145,7 @@ def train_arm(
     if saved is not None and "run" in saved:
         return TypeAdapter(Run).validate_python(saved["run"])
     train, val = data
+    last = settings.epochs if until is None else until
     _check_shares(data, settings, processes)
     device = train.images.device
     devices = [device] if device.type == "cuda" else []
@@ -162,7 +168,9 @@ def train_arm(
         pixels = [
             Pixels(model, split, normalise=settings.normalise, channels_last=settings.channels_last) for split in data
         ]
-        feeder = Feeder(applied, (pixels[0], pixels[1]), settings, _NUMBERS[settings.amp][1], processes, progress.kept)
+        feeder = Feeder(
+            applied, (pixels[0], pixels[1]), settings, _NUMBERS[settings.amp][1], processes, progress.kept, shared
+        )
         fed: Feed | None = None
         step: TrainStep | None = None
         take: Callable[[Tensor], Tensor] | None = None
@@ -171,7 +179,7 @@ def train_arm(
         logits = None
         for epoch in epochs:
             progress.epoch(epoch)
-        for number in range(len(epochs) + 1, settings.epochs + 1):
+        for number in range(len(epochs) + 1, last + 1):
             if applied.step(epoch=number - 1, metrics=metrics, rewrap=True) or fed is None:
                 step = take = None  # of the phase before: what is wrapped would still sum gradients
                 fed = feeder.feed()
@@ -241,7 +249,7 @@ def train_arm(
         graph_reason=graph_reason,
         predicted=tuple(logits.argmax(1).tolist()),
     )
-    if checkpoint is not None and processes.first:
+    if checkpoint is not None and processes.first and last == settings.epochs:
         checkpoint.save({"run": asdict(run)})
     return run
 

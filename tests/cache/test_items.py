@@ -109,6 +109,117 @@ def test_a_phase_without_features_gives_the_items_as_they_are(model: nn.Module, 
     assert torch.equal(images[2]["pixel_values"], Mappings().images[2])
 
 
+class Siamese(nn.Module):
+    """A model that compares two images, each with the same backbone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = timm.create_model("test_resnet", num_classes=0)
+        self.head = nn.Linear(2 * self.backbone.num_features, 2)
+
+    def forward(self, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+        one, two = self.backbone(left), self.backbone(right)
+        return self.head(torch.cat([one - two, one * two], 1)) * scale
+
+
+class Towers(Siamese):
+    """Two backbones, of which the plan trains one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = timm.create_model("test_resnet", num_classes=0)
+
+    def forward(self, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+        one, two = self.backbone(left), self.other(right)
+        return self.head(torch.cat([one - two, one * two], 1)) * scale
+
+
+def pairs(mapping: bool) -> tuple[Any, Any]:
+    """Pairs of images and whether they show the same thing; and where the images are."""
+    images = torch.rand(2, 6, 3, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if not mapping:
+        return TensorDataset(images[0], torch.arange(6) % 2, images[1]), (0, 2)
+    items = [{"left": a, "label": at % 2, "right": b} for at, (a, b) in enumerate(zip(*images, strict=True))]
+    return items, ("left", "right")
+
+
+def trained_on(run: nn.Module, applied: Any, batches: Any) -> list[float]:
+    optimizer = torch.optim.SGD(applied, lr=0.05)
+    run.train()
+    losses = []
+    for images, labels in batches:
+        loss = nn.functional.cross_entropy(run(*images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("mapping", [True, False], ids=["mappings", "tuples"])
+def test_several_images_of_an_item_are_cached(tmp_path: Path, mapping: bool) -> None:
+    """The losses are those of a training on images, and each pair is computed once."""
+    data, image = pairs(mapping)
+    losses = []
+    for kept in (False, True):
+        torch.manual_seed(0)
+        model = Siamese().double()
+        applied = apply_plan(model, "linear_probe")
+        run: nn.Module = model
+        given: Any = data
+        if kept:
+            given, run = applied.cached(data, tmp_path, image=image, batch_size=3)
+            assert given.computed == 6
+            assert given.batch([0]).shape == (1, 2 * model.backbone.num_features)
+        loader = [next(iter(DataLoader(given, batch_size=6)))] * 3
+        first, second, label = ("left", "right", "label") if mapping else (0, 2, 1)
+        if kept:
+            batches = [((batch[first],), batch["label" if mapping else 1]) for batch in loader]
+        else:
+            batches = [((batch[first], batch[second]), batch[label]) for batch in loader]
+        losses.append(trained_on(run, applied, batches))
+        assert model(torch.rand(2, 3, 64, 64).double(), torch.rand(2, 3, 64, 64).double()).shape == (2, 2)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-9)  # double precision: far above what kernels differ by
+    assert losses[0][2] < losses[0][0]
+    again, _ = applied.cached(data, tmp_path, image=image, batch_size=3)
+    assert again.computed == 0
+
+
+def test_one_tower_is_cached_and_the_other_reads_images(tmp_path: Path) -> None:
+    data, image = pairs(mapping=False)
+    rules = [{"match": "backbone", "frozen": True}, {"match": ".*", "lr_mult": 1}]
+    applied = apply_plan(Towers().double(), {"version": 1, "rules": rules})
+    assert "what is trained reads the image itself" in str(applied.prefix(data.tensors[0][:2], data.tensors[2][:2]))
+    with pytest.raises(ApplyError, match="there is nothing to cache"):
+        applied.cached(data, tmp_path, image=image)
+    frozen = [{"match": "backbone|other", "frozen": True}, {"match": ".*", "lr_mult": 1}]
+    applied.undo()
+    features, rest = apply_plan(applied.model, {"version": 1, "rules": frozen}).cached(data, tmp_path, image=image)
+    both = applied.model.eval()(data.tensors[0], data.tensors[2], scale=2.0)
+    torch.testing.assert_close(rest.eval()(features.batch(range(6)), scale=2.0), both)
+
+
+def test_images_of_an_item_that_differ_in_size_are_refused(tmp_path: Path) -> None:
+    items = [(torch.rand(3, 64, 64), torch.rand(3, 32, 32), 1)] * 4
+    with pytest.raises(ApplyError) as found:
+        apply_plan(Siamese(), "linear_probe").cached(items, tmp_path, image=(0, 1))  # type: ignore[arg-type]
+    assert str(found.value) == (
+        "the images of an item are torch.float32 of shape (3, 32, 32), torch.float32 of shape (3, 64, 64); they have "
+        "to be tensors of one shape and type\n  resize, crop and convert them in the transform"
+    )
+    with pytest.raises(ApplyError, match=r"the items have no 5; they have 0 \(torch.float32 of shape"):
+        apply_plan(Siamese(), "linear_probe").cached(items, tmp_path, image=(0, 5))  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_phase_without_features_gives_all_images_of_an_item(tmp_path: Path) -> None:
+    data, image = pairs(mapping=False)
+    plan = {"version": 1, "phases": [{"name": "all"}], "rules": [{"match": ".*", "lr_mult": 1}]}
+    images, _ = apply_plan(Siamese().double(), plan).cached(data, tmp_path, image=image)
+    assert all(torch.equal(one, two) for one, two in zip(images[3], data[3], strict=True))
+    assert images.batch([1, 2]).shape == (2, 2, 3, 64, 64)
+
+
 @pytest.mark.parametrize("kind", ["own", "TimmWrapper"])
 @pytest.mark.filterwarnings("ignore")  # the package's own
 def test_transformers_trainer_trains_on_features(tmp_path: Path, kind: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 from pathlib import Path
 
@@ -14,30 +13,13 @@ from typer.testing import CliRunner
 
 from freezeplan.cli import app
 from freezeplan.errors import DataError, FreezePlanError, PlanError
-from freezeplan.training import compare_command
-from freezeplan.training.compare import Job, blank, fit_to, hold_out, load_plans, peak, read_trial
+from freezeplan.training import compare_command, trials
+from freezeplan.training.compare import blank, fit_to, hold_out, load_plans, read_trial
 from freezeplan.training.compare_command import compare_plans
 from freezeplan.training.photos import read_photos
+from freezeplan.training.trials import Job, peak
 
 MODEL = "test_resnet"
-
-
-def picture(colour: tuple[int, int, int], number: int) -> bytes:
-    content = io.BytesIO()
-    Image.new("RGB", (40, 32), tuple(min(255, value + number) for value in colour)).save(content, "PNG")
-    return content.getvalue()
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
-    """Three classes that a colour tells, ten images each; some reds are called blue, so that nothing is perfect."""
-    folder = tmp_path_factory.mktemp("photos")
-    for name, colour in (("red", (200, 20, 20)), ("green", (20, 200, 20)), ("blue", (20, 20, 200))):
-        (folder / name).mkdir()
-        for number in range(12):
-            shown = (200, 20, 20) if name == "blue" and number > 9 else colour
-            (folder / name / f"{number}.png").write_bytes(picture(shown, number))
-    return folder
 
 
 def compared(out: Path, photos: Path, *plans: str, **options) -> dict:
@@ -100,7 +82,7 @@ def test_the_rate_is_chosen_on_images_that_are_not_validated_on(photos):
     assert {p.file for p in held.train} | {p.file for p in held.val[:count]} == {p.file for p in data.train}
 
 
-def test_a_class_with_one_training_image_is_named(tmp_path):
+def test_a_class_with_one_training_image_is_named(tmp_path, picture):
     for name in ("train/a/1", "train/a/2", "train/b/1", "val/a/1", "val/b/1"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / f"{name}.png").write_bytes(picture((9, 9, 9), 0))
@@ -168,6 +150,51 @@ def test_a_comparison_goes_on_where_it_was(tmp_path, photos, monkeypatch):
     assert [t for t in second["trials"] if t["plan"] == "linear_probe"] == first["trials"]
 
 
+def test_a_comparison_of_something_else_is_not_gone_on_with(tmp_path, photos):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("version: 1\nrules:\n  - {match: .*, lr_mult: 1}\n")
+    out = tmp_path / "out"
+    compared(out, photos, str(mine), lr=[1e-3], epochs=1)
+    mine.write_text("version: 1\nrules:\n  - {match: .*, lr_mult: 2}\n")
+
+    with pytest.raises(FreezePlanError, match=r"holds another run: its plan mine is .*lr_mult.:1.0.*, now it is .*2.0"):
+        compared(out, photos, str(mine), lr=[1e-3], epochs=1, resume=True)
+    with pytest.raises(FreezePlanError, match=r"holds another run: its training is 1 epochs .*, now it is 2 epochs"):
+        compared(out, photos, "full", lr=[1e-3], epochs=2, resume=True)
+    with pytest.raises(FreezePlanError, match="holds another run: its held-out images is seed 0, now it is seed 1"):
+        compared(out, photos, "full", lr=[1e-3], epochs=1, seed=[1, 0], resume=True)
+
+
+def test_the_worse_half_is_stopped(tmp_path, photos, capsys):
+    """What is stopped was among the worse at that time; what was trained to the end has the figures of a full run."""
+    rates = [1e-4, 1e-3, 1e-2, 1e-1]
+    whole = compared(tmp_path / "a", photos, "linear_probe", "full", lr=rates, seed=[0, 1], epochs=4)
+    capsys.readouterr()
+
+    found = compared(tmp_path / "b", photos, "linear_probe", "full", lr=rates, seed=[0, 1], epochs=4, halving=True)
+
+    out = capsys.readouterr().out
+    kept = without_cost(found)
+    assert len(kept) == 2 * 2
+    assert all(trial in without_cost(whole) for trial in kept)
+    assert len(found["stopped"]) == 2 * (4 + 2)
+    files = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "b" / "trials").glob("*epochs.json")}
+    for epoch, arms in ((1, 8), (2, 4)):
+        errors: dict[tuple[str, float], float] = {}
+        for trial in files.values():
+            if trial["until"] == epoch:
+                arm = trial["plan"], trial["lr"]
+                errors[arm] = errors.get(arm, 0) + trial["choice_error"]
+        going = {(t["plan"], t["lr"]) for t in files.values() if t["until"] == 2} if epoch == 1 else {
+            (t["plan"], t["lr"]) for t in kept
+        }  # fmt: skip
+        assert (len(errors), len(going)) == (arms, arms // 2)
+        assert max(errors[arm] for arm in going) <= min(errors[arm] for arm in set(errors) - going)
+    assert out.count("stopped: ") == len(found["stopped"])
+    assert "after 1 of 4 epochs, at " in found["stopped"][0]
+    assert not (tmp_path / "b" / "trials" / "unfinished").exists()
+
+
 @pytest.mark.slow
 def test_a_damaged_trial_is_trained_again(tmp_path, photos):
     out = tmp_path / "out"
@@ -180,14 +207,14 @@ def test_a_damaged_trial_is_trained_again(tmp_path, photos):
 
 
 def test_a_plan_that_cannot_be_trained_stops_no_other(tmp_path, photos, monkeypatch):
-    real = compare_command.in_turn.__globals__["train_one"]
+    real = trials.train_one
 
     def train_one(job, *rest):
         if job.plan == "full":
             raise FreezePlanError("no memory left", notes=["--batch-size 4"])
         return real(job, *rest)
 
-    monkeypatch.setitem(compare_command.in_turn.__globals__, "train_one", train_one)
+    monkeypatch.setattr(trials, "train_one", train_one)
 
     found = compared(tmp_path / "out", photos, "full", "linear_probe", lr=[1e-3])
 

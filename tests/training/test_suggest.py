@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
@@ -24,7 +23,7 @@ from freezeplan.errors import DataError, FreezePlanError
 from freezeplan.model.describer import create_model, describe
 from freezeplan.training import suggest as rungs
 from freezeplan.training import suggest_command
-from freezeplan.training.compare import Comparison, Job, Photos, blank
+from freezeplan.training.compare import blank
 from freezeplan.training.compare_command import compare_plans
 from freezeplan.training.gradients import Pull, auto_rgn, fit_head, relative_gradient_norms, scored
 from freezeplan.training.photos import read_photos
@@ -34,20 +33,15 @@ from freezeplan.training.settings import Settings
 from freezeplan.training.suggest import Budget, Evidence, candidates, decide, estimate, try_out
 from freezeplan.training.suggest_command import fewer, suggest_plan
 from freezeplan.training.suggest_report import carried
+from freezeplan.training.trials import Comparison, Job, Photos
 
 MODEL = "test_resnet"
 COLOURS = {"red": (200, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 200)}
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
-def picture(colour: tuple[int, int, int], number: int) -> bytes:
-    content = io.BytesIO()
-    Image.new("RGB", (40, 32), tuple(min(255, value + number) for value in colour)).save(content, "PNG")
-    return content.getvalue()
-
-
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
+def photos(tmp_path_factory, picture) -> Path:
     """Three classes that a colour tells; the validation images are no images, as nobody may read them."""
     folder = tmp_path_factory.mktemp("photos")
     for name, colour in COLOURS.items():
