@@ -359,15 +359,15 @@ class AppliedPlan:
             compare(self.model, self.resolution, self._seal, self._guard.optimizers).check_held()
         delta.save(self.model, self.resolution, self.phase, path)
 
-    def prefix(self, *samples: torch.Tensor) -> Prefix:
+    def prefix(self, sample: torch.Tensor, *others: torch.Tensor) -> Prefix:
         """Say what of a forward pass is the same for an image in every epoch, and what it would cost to cache.
 
         Runs the model on two and three images of the sample, five times forward and once backward to no parameter,
         under the caller's autocast. Nothing of it changes.
 
         Args:
-            *samples: A batch of at least two images as the model gets them, (N, C, H, W), on the model's device; of a
-                model that takes several images one batch each.
+            sample: A batch of at least two images as the model gets them, (N, C, H, W), on the model's device.
+            *others: Batches of its further images, where the model takes several.
 
         Returns:
             The calls that can be cached, the bytes of an image that the rest of the pass reads, forward FLOPs of both
@@ -386,7 +386,7 @@ class AppliedPlan:
             32,784,384 of 32,784,960 forward FLOPs an image (100.0%)
         """
         self._check_live()
-        return prefix_of(self.model, *samples)
+        return prefix_of(self.model, sample, *others)
 
     def cached(
         self,
