@@ -140,7 +140,7 @@ class AppliedPlan:
     ) -> bool:
         """Say which epoch comes next; call it before every epoch. A new phase sets flags, gradients and modes.
 
-        Optimizer groups stay as they are, and the state of what is frozen again is kept.
+        Optimizer groups stay as they are.
 
         Args:
             epoch: The epoch that comes next, from 0.
@@ -320,8 +320,7 @@ class AppliedPlan:
         """Compare what is frozen with the seal, bit by bit.
 
         Returns:
-            True in a condition if everything held; otherwise it names what moved and the likely cause. It says so where
-            the plan freezes nothing in all of its phases.
+            True in a condition if everything held; otherwise it names what moved and the likely cause.
 
         Raises:
             ApplyError: If there is no seal.
@@ -333,8 +332,8 @@ class AppliedPlan:
     def save_delta(self, path: str | Path) -> None:
         """Write what the training changed into a file that goes onto the base it was made on, and onto no other.
 
-        It holds the trained tensors and moved buffers (safetensors), the plan, the phase, timm's name of the model and
-        timm's version, and the digests of all that did not change. ``freezeplan.load_delta(model, path)`` reads it.
+        It holds the trained tensors and moved buffers (safetensors), the plan, the phase, timm's name and version, and
+        the digests of all that did not change. ``freezeplan.load_delta(model, path)`` reads it.
 
         Args:
             path: Where the file goes; it is written under another name and renamed. Where the model is in shards
@@ -362,8 +361,7 @@ class AppliedPlan:
     def prefix(self, sample: torch.Tensor, *others: torch.Tensor) -> Prefix:
         """Say what of a forward pass is the same for an image in every epoch, and what it would cost to cache.
 
-        Runs the model on two and three images of the sample, five times forward and once backward to no parameter,
-        under the caller's autocast. Nothing of it changes.
+        Runs the model on two and three images of the sample, under the caller's autocast. Nothing of it changes.
 
         Args:
             sample: A batch of at least two images as the model gets them, (N, C, H, W), on the model's device.
@@ -408,10 +406,9 @@ class AppliedPlan:
     ) -> tuple[Features | Images, nn.Module]:
         """Compute the features of the frozen layers once for every image, and train on them from then on.
 
-        Features that are on disk already are not computed again. Before it returns, the pass over features is compared
-        with the plain one, bit by bit. With phases, call this again when ``step`` returns True; in a phase in which
-        nothing can be cached it gives the images and the model, so that one loop trains every phase.
-        ``freezeplan.cache.cached.cached`` says what every argument is.
+        What is on disk is not computed again. The pass over features is compared with the plain one, bit by bit. With
+        phases, call this again when ``step`` returns True; where nothing can be cached it gives the images and the
+        model, so that one loop trains every phase. ``freezeplan.cache.cached.cached`` says more of each argument.
 
         Args:
             dataset: Gives images, (C, H, W) and floating-point, tuples that begin with one, or mappings; always alike.
@@ -431,13 +428,12 @@ class AppliedPlan:
             progress: Is told how many rows have features, and of how many.
 
         Returns:
-            A data set with the same length and targets and features for images, and the module to train on them. Its
-            parameters are the model's own trained ones.
+            A data set with features for images, and the module to train on them: its parameters are the model's own.
 
         Raises:
-            ApplyError: If an argument has no possible value, nothing can be cached and the plan has no phases, the
-                images are not the same each time, or the comparison fails.
-            FreezePlanError: If the features do not fit, or an image has another shape than the first.
+            ApplyError: If nothing can be cached in a plan without phases, the images are not the same each time, an
+                argument has no possible value, or the comparison fails.
+            FreezePlanError: If the features do not fit, or images differ in shape.
 
         Examples:
             >>> import tempfile
