@@ -86,16 +86,8 @@ def beside_head(names: Iterable[str], head: Collection[str]) -> frozenset[str]:
         ['head.norm.weight', 'pre_logits.fc.weight']
     """
     holders = {name.partition(".")[0] for name in head if name.count(".") >= 2}
-    parts = ((name, name.split(".")) for name in names)
-    return frozenset(name for name, split in parts if split[0] in holders or "pre_logits" in split)
-
-
-def exponents(ids: Mapping[str, int]) -> dict[str, int]:
-    """Return tensor -> exponent of ``layer_decay``: layers between it and the last, which is 0 (timm, after BEiT).
-
-    Examples:
-        >>> exponents({"stem.weight": 0, "blocks.0.weight": 1, "head.weight": 2})
-        {'stem.weight': 2, 'blocks.0.weight': 1, 'head.weight': 0}
-    """
-    last = max(ids.values(), default=0)
-    return {name: last - group for name, group in ids.items()}
+    return frozenset(
+        name
+        for name in names
+        if (holders and name.partition(".")[0] in holders) or ("pre_logits" in name and "pre_logits" in name.split("."))
+    )

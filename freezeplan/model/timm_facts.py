@@ -320,14 +320,14 @@ def _depth(
     model, heads = live.root, head.union(virtual)
     coarse, fine = _groups(model, ordered, coarse=True), _groups(model, (*ordered, *virtual), coarse=False)
     left_out = frozenset(name for name in ordered if fine and fine[name] == fine[_Named.unknown])
-    place: dict[int, int] = {}
-    order = {name: place.setdefault(id(module), len(place)) for name, module in live.inner.items()}
     tapped = (str(tap["module"]) for tap in getattr(model, "feature_info", ()) or ())
-    taps = [tap for tap in tapped if tap in order]  # mobilenetv5_300m_enc taps a bn1 that it does not have
+    taps = [tap for tap in tapped if tap in live.inner]  # mobilenetv5_300m_enc taps a bn1 that it does not have
     if coarse and not (taps and _single_layers(coarse)):
         unmatched = frozenset(name for name in ordered if coarse[name] == coarse[_Named.unknown])
         found = stages.by_groups({name: coarse[name] for name in ordered}, unmatched, heads)
     else:
+        place: dict[int, int] = {}
+        order = {name: place.setdefault(id(module), len(place)) for name, module in live.inner.items()}
         found = stages.by_features(ordered, order, taps, first_conv(model), heads)
     if fine:
         layers = {name: fine[name] for name in ordered}
