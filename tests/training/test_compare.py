@@ -165,6 +165,7 @@ def test_a_comparison_of_something_else_is_not_gone_on_with(tmp_path, photos):
         compared(out, photos, "full", lr=[1e-3], epochs=1, seed=[1, 0], resume=True)
 
 
+@pytest.mark.slow
 def test_the_worse_half_is_stopped(tmp_path, photos, capsys):
     """What is stopped was among the worse at that time; what was trained to the end has the figures of a full run."""
     rates = [1e-4, 1e-3, 1e-2, 1e-1]
