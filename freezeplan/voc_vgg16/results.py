@@ -22,6 +22,7 @@ import freezeplan
 from freezeplan.atomic import flush, whole_file
 from freezeplan.errors import OutputError
 from freezeplan.model import describer
+from freezeplan.training.compare_report import svg
 from freezeplan.training.settings import Settings
 from freezeplan.training.train import Run
 from freezeplan.training.voc import VocData
@@ -172,12 +173,7 @@ def to_png(results: Mapping[str, Any]) -> bytes:
 
 def to_svg(results: Mapping[str, Any]) -> bytes:
     """Draw the same as ``to_png`` as SVG."""
-    import matplotlib
-
-    picture = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "curves"}):
-        _curves(results).savefig(picture, format="svg", metadata={"Date": None})
-    return picture.getvalue()
+    return svg(_curves(results), "curves")
 
 
 def _curves(results: Mapping[str, Any]) -> Any:
