@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
+from families import ZOO, each
 from timm.optim import param_groups_layer_decay
 
 from freezeplan import Plan, resolve_plan
 from freezeplan.errors import PlanError
 from freezeplan.model.describer import create_model, describe
 
-ZOO: dict[str, dict[str, Any]] = {
-    family: entry
-    for family, entry in json.loads(Path(__file__).parents[1].joinpath("zoo.json").read_text()).items()
-    if timm.is_model(entry["model"])
-}
-"""One model of each architecture module, those that an older timm lacks left out."""
 EVERYTHING = {"match": ".*", "lr_mult": 1}
 
 
@@ -29,7 +22,7 @@ def frozen_by(model: Any, *rules: dict[str, Any]) -> set[str]:
     return {row.name for row in resolve_plan(plan, model).frozen}
 
 
-@pytest.mark.parametrize("family", ZOO)
+@pytest.mark.parametrize("family", each())
 def test_layer_decay_is_timms_tensor_by_tensor(family: str) -> None:
     """The multipliers, the floor and which tensors decay are those of timm.optim.param_groups_layer_decay."""
     model = create_model(ZOO[family]["model"], num_classes=10, meta=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from families import ZOO, each
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -24,11 +24,6 @@ from freezeplan.plan import catalogue
 from freezeplan.report.explain import explain
 from freezeplan.resolve.resolver import resolve
 
-ZOO: dict[str, dict[str, Any]] = {
-    family: entry
-    for family, entry in json.loads(Path(__file__).parents[1].joinpath("zoo.json").read_text()).items()
-    if timm.is_model(entry["model"])
-}
 LLRD = Plan(version=1, layer_decay=0.5, rules=[{"match": ".*", "lr_mult": 1}])
 PRESETS = {name: load_plan(name) for name in catalogue.shipped()}
 SHORT = [name for name, plan in PRESETS.items() if len(plan.phases) < 3]
@@ -201,7 +196,7 @@ def differing(name: str, presets: list[str]) -> dict[str, int]:
     return {preset: count for preset, count in found.items() if count}
 
 
-@pytest.mark.parametrize("family", ZOO)
+@pytest.mark.parametrize("family", each())
 def test_a_contained_backbone_has_the_rates_of_the_whole_model(family: str) -> None:
     """Every preset that fits the whole model gives each shared tensor the same flag, rate and decay."""
     assert differing(ZOO[family]["model"], SHORT) == EXCEPTIONS.get(family, {})
@@ -241,7 +236,7 @@ def facts(model: Description, name: str) -> tuple[Any, ...]:
     return model.stages.get(name), model.exponents[name], name in model.no_decay
 
 
-@pytest.mark.parametrize("family", ZOO)
+@pytest.mark.parametrize("family", each())
 def test_features_only_is_read_as_its_architecture(family: str) -> None:
     """Stages, layers and what does not decay are those of the whole model, tensor by tensor."""
     name = ZOO[family]["model"]

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from families import ZOO, each
 from packaging.version import Version
 from torch import nn
 
@@ -21,12 +20,6 @@ from freezeplan.apply import freeze
 from freezeplan.errors import PlanError
 from freezeplan.model.describer import create_model, describe
 
-ZOO: dict[str, dict[str, Any]] = {
-    family: entry
-    for family, entry in json.loads(Path(__file__).parents[1].joinpath("zoo.json").read_text()).items()
-    if timm.is_model(entry["model"])
-}
-"""One model of each architecture module, those that an older timm lacks left out."""
 QUICK = {"resnet", "vgg", "levit", "efficientnet", "vision_transformer", "convnext"}
 LAZY = {"convit": "rel_indices"}
 """Buffers that a model derives from its input size at the first forward pass; no statistics."""
@@ -173,9 +166,10 @@ def test_undo_gives_back_flags_modes_and_every_instance_attribute(family: str, e
     assert state() == before
 
 
-@pytest.mark.parametrize(("family", "entry"), [pytest.param(f, e, id=f) for f, e in ZOO.items()])
-def test_linear_probe_leaves_exactly_the_classifier_trainable(family: str, entry: dict[str, Any]) -> None:
+@pytest.mark.parametrize("family", each())
+def test_linear_probe_leaves_exactly_the_classifier_trainable(family: str) -> None:
     """On every architecture: the classifier, whole, and nothing else."""
+    entry = ZOO[family]
     resolution = resolve_plan("linear_probe", create_model(entry["model"], num_classes=10, meta=True))
 
     assert sorted(row.name for row in resolution.trained) == sorted(entry["head"])

@@ -1,6 +1,6 @@
 """Every model of timm, by name, on the meta device: five portable presets mean on each what they say.
 
-One model of each architecture module belongs to the quick suite, all of them to ``pytest -m zoo``.
+One model of every fourth architecture module belongs to the quick suite, all of them to ``pytest -m zoo``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import families
 import pytest
 import timm
 from packaging.version import Version
@@ -31,8 +32,8 @@ NO_CLASSIFIER = {
 """Presets that need a classifier, and what they are refused with where there is none."""
 
 HERE = Path(__file__).parents[1]
-QUICK = {entry["model"] for entry in json.loads((HERE / "zoo.json").read_text()).values()} | {"mobilenetv5_300m_enc"}
-"""One of each architecture module, and the encoder whose ``feature_info`` names a module that does not exist."""
+QUICK = {families.ZOO[family]["model"] for family in families.QUICK} | {"mobilenetv5_300m_enc"}
+"""One of every fourth architecture module, and an encoder whose ``feature_info`` names a module that is not there."""
 NAMES = [
     pytest.param(name, marks=[pytest.mark.zoo, *([] if name in QUICK else [pytest.mark.slow])])
     for name in timm.list_models()

@@ -70,7 +70,7 @@ def passes(monkeypatch) -> list[str]:
         pytest.param("surgical_last", False, 1, marks=pytest.mark.slow),
         pytest.param("linear_probe", True, 2, marks=pytest.mark.slow),  # each seed has a body of its own
         pytest.param("norm_and_head", False, 0, marks=pytest.mark.slow),  # nothing can be cached
-        ("full", False, 0),
+        pytest.param("full", False, 0, marks=pytest.mark.slow),
         pytest.param("lp_ft", False, 4, marks=pytest.mark.slow),  # phases
     ],
 )
