@@ -140,7 +140,7 @@ class AppliedPlan:
     ) -> bool:
         """Say which epoch comes next; call it before every epoch. A new phase sets flags, gradients and modes.
 
-        Optimizer groups stay as they are.
+        Optimizer groups stay as they are, and the state of what is frozen again is kept.
 
         Args:
             epoch: The epoch that comes next, from 0.
@@ -320,7 +320,8 @@ class AppliedPlan:
         """Compare what is frozen with the seal, bit by bit.
 
         Returns:
-            True in a condition if everything held; otherwise it names what moved and the likely cause.
+            True in a condition if everything held; otherwise it names what moved and the likely cause. It says so where
+            the plan freezes nothing in all of its phases.
 
         Raises:
             ApplyError: If there is no seal.
@@ -413,8 +414,7 @@ class AppliedPlan:
         Args:
             dataset: Gives images, (C, H, W) and floating-point, tuples that begin with one, or mappings; always alike.
             directory: Where features are cached; the user's cache folder if not given.
-            image: The key of the image in mappings, found by itself where there is one. Keys, or places in tuples,
-                where the model takes several.
+            image: Key of the image in mappings, found by itself if there is one; keys, or places in tuples, of several.
             after: ``features.cut`` of a plan that freezes less: its features are gone on from where they can be.
             views: Number of fixed augmented versions of each image.
             dtype: Of the numbers that are cached.
@@ -428,7 +428,7 @@ class AppliedPlan:
             progress: Is told how many rows have features, and of how many.
 
         Returns:
-            A data set with features for images, and the module to train on them: its parameters are the model's own.
+            As many items, with features for images; and the module to train on them, of the model's own parameters.
 
         Raises:
             ApplyError: If nothing can be cached in a plan without phases, the images are not the same each time, an

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,6 @@ ZOO: dict[str, dict[str, Any]] = {
 }
 """Those that an older timm lacks are left out."""
 QUICK = frozenset(list(ZOO)[::4])
-"""Every fourth; the others are slow tests, where each takes a model as a whole."""
-
-
-def each(families: Iterable[str] = ZOO) -> list[Any]:
-    """Return the families as parameters of a test."""
-    return [pytest.param(family, marks=[] if family in QUICK else [pytest.mark.slow]) for family in families]
+"""Every fourth belongs to the quick suite."""
+FAMILIES = [pytest.param(family, marks=[] if family in QUICK else [pytest.mark.slow]) for family in ZOO]
+"""All of them, as parameters of a test."""

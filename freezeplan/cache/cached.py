@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -116,10 +117,14 @@ def cached(
             prefixes = [one.prefix for one in found]
             (plain,) = replay.capture(model, prefixes[:1], sample, gradients=True)
             with replay.channels_last(model, prefixes, sample):
-                first = reader.first_batch(dataset, views, seed, batch_size, prepare).to(there)
-                batch = reader.prepared(first, prepare)
+
+                @functools.cache
+                def batch() -> torch.Tensor:
+                    first = reader.first_batch(dataset, views, seed, batch_size, prepare).to(there)
+                    return reader.prepared(first, prepare)
+
                 if earlier is not None:
-                    leading = replay.leading(model, earlier.prefix, prefixes, batch)
+                    leading = replay.leading(model, earlier.prefix, prefixes, batch())
                     earlier = None if leading is None else replace(earlier, prefix=leading)
                 features, fresh = fill.fill(
                     model, found, dataset, views=views, seed=seed, dtype=dtype, batch_size=batch_size, device=there,
@@ -127,7 +132,7 @@ def cached(
                     prepare=prepare,
                 )  # fmt: skip
                 if fresh is None or there.type != "cpu":
-                    (fresh,) = replay.capture(model, prefixes[:1], batch)
+                    (fresh,) = replay.capture(model, prefixes[:1], batch())
                 features.difference = key.check_stored(features, fresh, plain)
                 features.repeat_difference = cuts.repeat_difference
                 features.layout, features.cut = layout, cuts.kept[0]

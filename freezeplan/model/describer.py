@@ -157,11 +157,7 @@ def _place(live: names.Live, *, depth: bool) -> tuple[_Placed, ...]:
     for part in find_parts(live):
         inside = names.survey(part.module) if part.name else live
         facts = read_part(part, inside, depth=depth)
-        tensors: dict[str, str | None]
-        if inside is live:
-            tensors = {name: name for name in live.first_name.values()}
-        else:
-            tensors = {live.first_name[i]: name for i, name in inside.first_name.items()}
+        tensors: dict[str, str | None] = {live.first_name[i]: name for i, name in inside.first_name.items()}
         if part.is_cut:
             known = facts.tensors if facts else {}
             there = {first: part.in_source(name or "", known) for first, name in tensors.items()}

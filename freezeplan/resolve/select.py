@@ -7,11 +7,11 @@ module and all below it; ``features.1`` is not ``features.10``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from freezeplan.errors import nearest
-from freezeplan.model.description import Description
+from freezeplan.model.description import Description, Module, Tensor
 from freezeplan.plan.regex import Pattern, SlowPatternError
 from freezeplan.plan.schema import Rule
 
@@ -82,14 +82,12 @@ def _with_role(roles: Iterable[str], model: Description) -> frozenset[str]:
 
 def match_tensors(patterns: Iterable[str], model: Description) -> set[str]:
     """Return the tensors of which any pattern matches a name, or the name of a module above it."""
-    return _matching(patterns, {tensor.name: tensor.names for tensor in model.tensors}, model.tensor_paths)
+    return _matching(patterns, model.tensors, model.tensor_paths)
 
 
 def match_modules(patterns: Iterable[str], model: Description) -> set[str]:
     """Return the modules, root excluded, of which any pattern matches a name or the name of a module above it."""
-    return _matching(
-        patterns, {module.name: module.names for module in model.modules if module.name}, model.module_paths
-    )
+    return _matching(patterns, [module for module in model.modules if module.name], model.module_paths)
 
 
 def match_types(patterns: Iterable[str], model: Description) -> set[str]:
@@ -128,12 +126,12 @@ def stage_numbers(text: str, last: int) -> range:
 
 
 def _matching(
-    patterns: Iterable[str], named: Mapping[str, tuple[str, ...]], paths: Mapping[str, tuple[str, ...]]
+    patterns: Iterable[str], things: Sequence[Tensor | Module], paths: Mapping[str, tuple[str, ...]]
 ) -> set[str]:
     found: set[str] = set()
     for pattern in patterns:
         if pattern == ".*":
-            return set(named)
+            return {one.name for one in things}
         regex, whole_only = Pattern(pattern), bool(_LOOKAROUND.search(pattern))
         seen: dict[str, bool] = {}
 
@@ -142,7 +140,7 @@ def _matching(
                 seen[name] = regex.fullmatch(name)
             return seen[name]
 
-        found |= {first for first, names in (named if whole_only else paths).items() if any(map(hit, names))}
+        found |= {one.name for one in things if any(map(hit, one.names if whole_only else paths[one.name]))}
     return found
 
 

@@ -18,7 +18,7 @@ from freezeplan.model.describer import create_model
 from freezeplan.training.photos import split_each_class
 from freezeplan.training.ranking import Trial
 from freezeplan.training.settings import Settings
-from freezeplan.training.trials import Comparison, Engine, Job, Photos, Watch, one_by_one
+from freezeplan.training.trials import Comparison, Engine, Job, Photos, Watch
 from freezeplan.training.voc import VocData, load_split
 
 RATES = (3e-4, 1e-3, 3e-3)
@@ -183,7 +183,7 @@ def compare(
     watch: Watch,
     *,
     folder: Path,
-    engine: Engine | None = None,
+    engine: Engine,
 ) -> tuple[list[Trial], dict[Job, str]]:
     """Train all jobs, and keep each trial in a file as soon as it is done.
 
@@ -193,7 +193,7 @@ def compare(
         photos: The images.
         watch: Is told of everything.
         folder: Holds one JSON file a trial; it is made.
-        engine: Where the jobs run; in this process if not given.
+        engine: Where the jobs run.
 
     Returns:
         The trials in the order of ``jobs``, and for each job that could not be done its error.
@@ -201,8 +201,7 @@ def compare(
     folder.mkdir(parents=True, exist_ok=True)
     found = {job: trial for job in jobs if (trial := read_trial(folder / f"{job.name}.json")) is not None}
     failed: dict[Job, str] = {}
-    run = engine or one_by_one()
-    for done in run([job for job in jobs if job not in found], comparison, photos, watch):
+    for done in engine([job for job in jobs if job not in found], comparison, photos, watch):
         if isinstance(done, tuple):
             failed[done[0]] = str(done[1])
             continue

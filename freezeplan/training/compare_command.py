@@ -133,12 +133,15 @@ def compare_plans(
         photos = decode_photos(
             found, chosen, seed=seeds[0], transform=eval_transform(model, chosen.image_size), progress=screen.decoded
         )
-        run = compare_by_halves if halving else compare
-        trials, failed, *rest = run(jobs, comparison, photos, screen, folder=out / TRIALS, engine=engine)
+        given = jobs, comparison, photos, screen
+        if halving:
+            trials, failed, behind = compare_by_halves(*given, folder=out / TRIALS, engine=engine)
+        else:
+            (trials, failed), behind = compare(*given, folder=out / TRIALS, engine=engine), []
     whole = {plan for plan in fitting if not any(job.plan == plan for job in failed)}
     places = rank([trial for trial in trials if trial.plan in whole])
     print_ranking(stdout, places)
-    stopped = [said(trial, epochs) for trials in rest for trial in trials]
+    stopped = [said(trial, epochs) for trial in behind]
     for line in stopped:
         stdout.print(f"stopped: {line}", soft_wrap=True)
     results = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import timm
-from families import ZOO, each
+from families import FAMILIES, ZOO
 from timm.optim import param_groups_layer_decay
 
 from freezeplan import Plan, resolve_plan
@@ -22,7 +22,7 @@ def frozen_by(model: Any, *rules: dict[str, Any]) -> set[str]:
     return {row.name for row in resolve_plan(plan, model).frozen}
 
 
-@pytest.mark.parametrize("family", each())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_layer_decay_is_timms_tensor_by_tensor(family: str) -> None:
     """The multipliers, the floor and which tensors decay are those of timm.optim.param_groups_layer_decay."""
     model = create_model(ZOO[family]["model"], num_classes=10, meta=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from families import ZOO, each
+from families import FAMILIES, ZOO
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -196,7 +196,7 @@ def differing(name: str, presets: list[str]) -> dict[str, int]:
     return {preset: count for preset, count in found.items() if count}
 
 
-@pytest.mark.parametrize("family", each())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_contained_backbone_has_the_rates_of_the_whole_model(family: str) -> None:
     """Every preset that fits the whole model gives each shared tensor the same flag, rate and decay."""
     assert differing(ZOO[family]["model"], SHORT) == EXCEPTIONS.get(family, {})
@@ -236,7 +236,7 @@ def facts(model: Description, name: str) -> tuple[Any, ...]:
     return model.stages.get(name), model.exponents[name], name in model.no_decay
 
 
-@pytest.mark.parametrize("family", each())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_features_only_is_read_as_its_architecture(family: str) -> None:
     """Stages, layers and what does not decay are those of the whole model, tensor by tensor."""
     name = ZOO[family]["model"]

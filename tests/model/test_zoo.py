@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from families import ZOO, each
+from families import FAMILIES, ZOO
 from packaging.version import Version
 from torch import nn
 
@@ -166,7 +166,7 @@ def test_undo_gives_back_flags_modes_and_every_instance_attribute(family: str, e
     assert state() == before
 
 
-@pytest.mark.parametrize("family", each())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_linear_probe_leaves_exactly_the_classifier_trainable(family: str) -> None:
     """On every architecture: the classifier, whole, and nothing else."""
     entry = ZOO[family]

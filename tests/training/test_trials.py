@@ -15,7 +15,8 @@ from freezeplan.model.describer import create_model
 from freezeplan.training.compare import fit_to, load_plans
 from freezeplan.training.photos import read_photos
 from freezeplan.training.settings import Settings
-from freezeplan.training.trials import Comparison, Engine, Job, Photos, one_by_one
+from freezeplan.training.shared import Shared
+from freezeplan.training.trials import Comparison, Engine, Job, Photos, one_by_one, train_one
 from freezeplan.training.voc import load_split
 
 MODEL = "test_resnet"
@@ -96,11 +97,9 @@ def test_a_trial_is_charged_for_what_it_shares(tmp_path, photos, weights):
     images, settings = photos_and_settings(photos, tmp_path)
     plans, _ = fit_to(load_plans(["linear_probe"]), create_model(MODEL, num_classes=3))
     comparison = Comparison(plans, settings, MODEL, str(weights), 3)
-    engine = one_by_one()
-    jobs = [Job("linear_probe", lr, 0) for lr in (1e-3, 1e-2)]
+    shared = Shared()
 
-    first, second = list(engine(jobs, comparison, images, Silent()))
+    first, second = (train_one(Job("linear_probe", lr, 0), comparison, images, Silent(), shared) for lr in (1e-3, 1e-2))
 
-    shared = engine.__closure__[0].cell_contents.feeds[""].wall_seconds
-    assert shared > 0
-    assert min(first.seconds, second.seconds) >= shared
+    assert shared.feeds[""].wall_seconds > 0
+    assert min(first.seconds, second.seconds) >= shared.feeds[""].wall_seconds
