@@ -21,8 +21,8 @@ PACKAGE = HERE.parent / "freezeplan"
 PAGE = HERE / "architecture.md"
 PICTURE = HERE / "pictures" / "architecture.svg"
 ROWS = [
-    ["errors", "atomic"], ["plan"], ["model"], ["resolve"], ["apply"], ["guard", "proof", "cache"], ["applied_plan"],
-    ["api"], ["importers", "report", "integrations"], ["training"], ["voc_vgg16"], ["cli"],
+    ["errors", "atomic"], ["plan"], ["model"], ["resolve"], ["apply"], ["guard", "proof", "cache"], ["lifetime"],
+    ["applied_plan"], ["api"], ["importers", "report", "integrations"], ["training"], ["voc_vgg16"], ["cli"],
 ]  # fmt: skip
 """The layers, the lowest first, as in pyproject.toml."""
 INK, LINE, FILL = "#1b2a38", "#8fa3b5", "#e8f1f8"

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from freezeplan.applied_plan import ATTRIBUTE, LIVE, AppliedPlan, applied
+from freezeplan.applied_plan import AppliedPlan, applied
 from freezeplan.apply import freeze, phases
 from freezeplan.apply.freeze import Scheduler
 from freezeplan.errors import ApplyError, FreezePlanWarning
+from freezeplan.lifetime import ATTRIBUTE, LIVE
 from freezeplan.model import describer, names
 from freezeplan.plan.load import PlanLike, load_plan
 from freezeplan.resolve.resolution import Resolution

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +12,18 @@ from torch.utils.data import Dataset
 
 from freezeplan.apply import freeze, phases
 from freezeplan.cache.boundaries import Cut, prefix_of
-from freezeplan.cache.cached import Found, cached
+from freezeplan.cache.cached import cached
 from freezeplan.cache.features import Features, Images
 from freezeplan.cache.items import ImageKeys
 from freezeplan.cache.memory import FeatureDtype, Keep
 from freezeplan.cache.prefix import Prefix
 from freezeplan.errors import ApplyError
 from freezeplan.guard import schedulers
-from freezeplan.guard.guard import Guard
+from freezeplan.lifetime import ATTRIBUTE, Lifetime
 from freezeplan.model import names
 from freezeplan.plan.load import load_plan
-from freezeplan.plan.schema import Plan
 from freezeplan.proof import delta
-from freezeplan.proof.seal import Seal, Verification, compare, take_seal
-from freezeplan.resolve.resolution import Resolution
-
-ATTRIBUTE = "_freezeplan"
-LIVE: weakref.WeakSet[AppliedPlan] = weakref.WeakSet()
-"""Plans that were applied in this process and maybe undone since, those of copies too."""
+from freezeplan.proof.seal import Verification, compare, take_seal
 
 
 def applied(model: nn.Module) -> AppliedPlan | None:
@@ -45,7 +37,7 @@ def applied(model: nn.Module) -> AppliedPlan | None:
     return found if isinstance(found, AppliedPlan) else None
 
 
-class AppliedPlan:
+class AppliedPlan(Lifetime):
     """A plan that is live on a model. ``apply_plan`` makes it.
 
     It iterates over the optimizer's groups, and as a context manager undoes the plan at the end. Parameters are looked
@@ -63,72 +55,6 @@ class AppliedPlan:
         >>> all(p.requires_grad for p in model.parameters()), applied(model)
         (True, None)
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        resolution: Resolution,
-        before: freeze.Before,
-        *,
-        lr: float | None,
-        weight_decay: float | None,
-        scheduler: freeze.Scheduler,
-        epochs: int | None,
-        guard: bool,
-    ):
-        self.model = model
-        """The model, without wrappers."""
-        self.resolution = resolution
-        """What the plan means for it, tensor by tensor."""
-        self._lr, self._weight_decay, self._scheduler = lr, weight_decay, scheduler
-        self._epochs = epochs
-        self._progress = phases.Progress()
-        self._guard = Guard(model, resolution, self._phase_index, scheduler, closely=guard)
-        self._before = before
-        self._seal: Seal | None = None
-        self._cuts: Found | None = None
-
-    @property
-    def plan(self) -> Plan:
-        """The plan."""
-        return self.resolution.plan
-
-    @property
-    def scheduler(self) -> freeze.Scheduler:
-        """Who multiplies the rates, as ``apply_plan`` was told: ``torch``, ``timm`` or ``any``."""
-        return self._scheduler
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Fresh groups for an optimizer, of the parameters that the model has now.
-
-        Each has ``params``, ``param_names``, ``name``, ``lr_mult``, ``wd_mult``, and ``lr``, ``weight_decay``,
-        ``lr_scale`` as ``apply_plan`` says. Frozen parameters are in none.
-        """
-        self._check_live()
-        self._guard.watch()  # of a copy of the model none are watched until it is trained itself
-        return freeze.param_groups(
-            self.model, self.resolution, lr=self._lr, weight_decay=self._weight_decay, scheduler=self._scheduler
-        )
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self.param_groups)
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """Return the trained parameters, for ``torch.nn.utils.clip_grad_norm_``."""
-        return [parameter for group in self.param_groups for parameter in group["params"]]
-
-    @property
-    def phase(self) -> str:
-        """Name of the phase that the model is in; empty for a plan without phases."""
-        return self._part.phase
-
-    @property
-    def _part(self) -> Resolution:
-        return self.resolution.parts[self._phase_index()]
-
-    def _phase_index(self) -> int:
-        return phases.phase_at(self.plan.phases, self._progress, self._epochs)
 
     def step(
         self,
@@ -312,10 +238,6 @@ class AppliedPlan:
         self._unseal()
         self._seal = take_seal(self.model, self.resolution, copy=copy)
 
-    def _unseal(self) -> None:
-        if self._seal is not None:
-            self._seal.loads.remove()
-
     def verify(self) -> Verification:
         """Compare what is frozen with the seal, bit by bit.
 
@@ -455,36 +377,3 @@ class AppliedPlan:
             limit=limit, seed=seed, progress=progress,
         )  # fmt: skip
         return found, run
-
-    def undo(self) -> None:
-        """Give the model back its flags and modes, and clear gradients. Values stay. Twice is once."""
-        if applied(self.model) is self:
-            self._guard.remove()
-            self._unseal()
-            freeze.restore(names.survey(self.model), self._before)
-            del self.model.__dict__[ATTRIBUTE]
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model, an average of its weights for one, lies elsewhere.
-        seal = self._seal and dataclasses.replace(self._seal, places={})
-        return {**self.__dict__, "_cuts": None, "_seal": seal}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        LIVE.add(self)
-
-    def __enter__(self) -> AppliedPlan:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.undo()
-
-    def __repr__(self) -> str:
-        frozen, trained = len(self.resolution.frozen), len(self.resolution.trained)
-        return (
-            f"<AppliedPlan {self.plan.title!r} on {self.resolution.model}: {frozen} tensors frozen, {trained} trained>"
-        )
-
-    def _check_live(self) -> None:
-        if applied(self.model) is not self:
-            raise ApplyError(f"the plan {self.plan.title!r} is no longer live on this model: it was undone or replaced")

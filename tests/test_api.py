@@ -63,7 +63,7 @@ def test_the_signatures_of_the_functions(name):
 
 def test_what_an_applied_plan_offers():
     """An applied plan offers these and nothing else."""
-    offered = {name for name in vars(freezeplan.AppliedPlan) if not name.startswith("_")}
+    offered = {name for name in dir(freezeplan.AppliedPlan) if not name.startswith("_")}
 
     assert offered == {
         "attach",
