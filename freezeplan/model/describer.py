@@ -315,11 +315,15 @@ def _draws(cls: Any) -> bool:
         return True
 
 
+@functools.cache
+def _is_called_norm(cls: Any) -> bool:
+    return any(map(_NORM.search, _types(cls)))
+
+
 def _norms(inner: Mapping[str, nn.Module], first_name: Mapping[int, str]) -> Iterator[str]:
     """Normalisation layers: their class, or a base, is called so, all they own is 1-d, and nothing below owns more."""
     for name, module in inner.items():
-        cls: Any = type(module)
-        if not any(map(_NORM.search, _types(cls))):
+        if not _is_called_norm(type(module)):
             continue
         own = [parameter for parameter in module._parameters.values() if parameter is not None]
         if (

@@ -340,10 +340,11 @@ def _depth(
 
 def _single_layers(groups: Mapping[str, int]) -> bool:
     """Whether no group, the stem and the last apart, has more than one module that owns tensors (VGG)."""
-    owners: dict[int, set[str]] = {}
-    for name, group in groups.items():
-        owners.setdefault(group, set()).add(names.owner(name))
-    return all(len(found) == 1 for group, found in owners.items() if 0 < group < max(owners))
+    last, owner = max(groups.values()), dict[int, str]()
+    return all(
+        owner.setdefault(group, above) == above
+        for above, group in ((names.owner(name), group) for name, group in groups.items() if 0 < group < last)
+    )
 
 
 def timm_version(model: nn.Module) -> str:
