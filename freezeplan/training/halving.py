@@ -42,6 +42,7 @@ def compare_by_halves(
 
     After each epoch of ``looks`` the better half goes on, by the mean error of its seeds on the images that are held
     out of the training images; the validation images decide nothing. Of equal ones those go on that come first.
+    A job that could not be done is not tried again; the other seeds of its plan and rate count without it.
 
     Args:
         jobs: Each pair of plan and rate with the same seeds.
@@ -62,20 +63,19 @@ def compare_by_halves(
     for epoch in looks(len({(job.plan, job.lr) for job in jobs}), comparison.settings.epochs):
         so_far = [replace(job, until=epoch) for job in left]
         trials, errors = compare(so_far, parts, photos, watch, folder=folder, engine=engine)
-        failed |= errors
-        going = _better_half(trials, {(job.plan, job.lr) for job in failed})
+        failed |= {replace(job, until=None): error for job, error in errors.items()}
+        going = _better_half(trials)
         stopped += [trial for trial in trials if (trial.plan, trial.lr) not in going]
-        left = [job for job in left if (job.plan, job.lr) in going]
+        left = [job for job in left if job not in failed and (job.plan, job.lr) in going]
     trials, errors = compare(left, parts, photos, watch, folder=folder, engine=engine)
     shutil.rmtree(unfinished, ignore_errors=True)
     return trials, failed | errors, stopped
 
 
-def _better_half(trials: Sequence[Trial], without: set[tuple[str, float]]) -> set[tuple[str, float]]:
+def _better_half(trials: Sequence[Trial]) -> set[tuple[str, float]]:
     errors: dict[tuple[str, float], list[float]] = {}
     for trial in trials:
-        if (trial.plan, trial.lr) not in without:
-            errors.setdefault((trial.plan, trial.lr), []).append(trial.choice_error)
+        errors.setdefault((trial.plan, trial.lr), []).append(trial.choice_error)
     return set(sorted(errors, key=lambda arm: fmean(errors[arm]))[: math.ceil(len(errors) / 2)])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,29 @@ def test_the_worse_half_is_stopped(tmp_path, photos, capsys):
     assert out.count("stopped: ") == len(found["stopped"])
     assert "after 1 of 4 epochs, at " in found["stopped"][0]
     assert not (tmp_path / "b" / "trials" / "unfinished").exists()
+
+
+def test_a_seed_that_fails_stops_no_other_seed(tmp_path, photos, monkeypatch):
+    """What failed is told once, under the name of the whole trial; only what was behind is called stopped."""
+    real, tried = trials.train_one, []
+
+    def train_one(job, *rest):
+        tried.append(job.name)
+        if (job.plan, job.lr, job.seed) == ("linear_probe", 1e-2, 1):
+            raise FreezePlanError("no memory left")
+        return replace(real(job, *rest), choice_error=0.1 if job.lr == 1e-2 else 0.9)
+
+    monkeypatch.setattr(trials, "train_one", train_one)
+
+    found = compared(tmp_path / "out", photos, "linear_probe", lr=[1e-3, 1e-2], seed=[0, 1], epochs=2, halving=True)
+
+    assert (found["code"], found["failed"]) == (1, {"linear_probe, lr 0.01, seed 1": "no memory left"})
+    assert tried.count("linear_probe, lr 0.01, seed 1, 1 epochs") == 1
+    assert [(trial["lr"], trial["seed"]) for trial in found["trials"]] == [(1e-2, 0)]
+    assert [said.partition(":")[0] for said in found["stopped"]] == [
+        "linear_probe, lr 0.001, seed 0",
+        "linear_probe, lr 0.001, seed 1",
+    ]
 
 
 @pytest.mark.slow
