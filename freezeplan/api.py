@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from freezeplan.applied_plan import AppliedPlan, applied
-from freezeplan.apply import freeze, phases
+from freezeplan.apply import freeze, phases, processes
 from freezeplan.apply.freeze import Scheduler
 from freezeplan.errors import ApplyError, FreezePlanWarning
 from freezeplan.lifetime import ATTRIBUTE, LIVE
@@ -84,7 +84,8 @@ def apply_plan(
     Raises:
         PlanError: If the plan is not valid or does not fit the model.
         ApplyError: If another plan is live on the model or on modules of it, ``lr``, ``weight_decay`` or ``epochs`` is
-            needed and missing, or a tensor's rate differs between phases and the scheduler is not ``any``.
+            needed and missing, a tensor's rate differs between phases and the scheduler is not ``any``, or what is
+            trained did not require a gradient when it was wrapped in DistributedDataParallel for several processes.
         ModelError: If ``reinit`` is asked for and the model cannot be created anew.
 
     Warns:
@@ -115,6 +116,7 @@ def apply_plan(
     _check_alone(live)
     freeze.check_groups(resolution, lr=lr, weight_decay=weight_decay, scheduler=scheduler)
     phases.phase_at(resolution.plan.phases, phases.Progress(), epochs)
+    processes.check_wrapped(model, live, resolution)
     freeze.reinitialise(live, resolution, torch.initial_seed())
     if other is not None:
         other.undo()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from freezeplan.apply import freeze, phases
+from freezeplan.apply import freeze, phases, processes
 from freezeplan.cache.boundaries import Cut, prefix_of
 from freezeplan.cache.cached import cached
 from freezeplan.cache.features import Features, Images
@@ -109,7 +109,7 @@ class AppliedPlan(Lifetime):
         after = self.resolution.parts[phases.phase_at(self.plan.phases, moved, self._epochs)]
         changed = after is not before
         if changed:
-            phases.check_processes(self.model, after.phase, promised=rewrap or find_unused)
+            processes.check_phase(self.model, after.phase, promised=rewrap or find_unused)
         self._progress = moved
         if changed:
             self._enter()

@@ -7,11 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import nn
-
 from freezeplan.errors import ApplyError, did_you_mean
-from freezeplan.model.sharded import is_sharded
 from freezeplan.plan.schema import Phase, Plateau
 
 
@@ -146,28 +142,3 @@ def _metric(phase: Phase, until: Plateau, metrics: Mapping[str, float]) -> float
             ],
         )
     return float(metrics[until.metric])
-
-
-def check_processes(model: nn.Module, phase: str, *, promised: bool) -> None:
-    """Refuse a new phase in several processes whose gradients would not be synchronised, and nothing would say so.
-
-    Args:
-        model: The model, without wrappers.
-        phase: Name of the phase that would begin.
-        promised: Whether the caller wraps the model anew, or wrapped it so that unused parameters are found.
-
-    Raises:
-        ApplyError: If nothing was promised; ``fully_shard`` synchronises whatever has a gradient and needs no promise.
-    """
-    distributed = torch.distributed
-    count = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-    if count == 1 or promised or all(map(is_sharded, model.parameters())):
-        return
-    raise ApplyError(
-        f"phase {phase!r} would begin in {count} processes: gradients of what it thaws would not be synchronised, "
-        "without an error",
-        notes=[
-            "either: if applied.step(epoch=e, rewrap=True): model = DistributedDataParallel(module)",
-            "or: wrap once with find_unused_parameters=True, and applied.step(epoch=e, find_unused=True)",
-        ],
-    )

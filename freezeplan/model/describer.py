@@ -323,7 +323,8 @@ def _is_called_norm(cls: Any) -> bool:
 def _norms(inner: Mapping[str, nn.Module], first_name: Mapping[int, str]) -> Iterator[str]:
     """Normalisation layers: their class, or a base, is called so, all they own is 1-d, and nothing below owns more."""
     for name, module in inner.items():
-        if not _is_called_norm(type(module)):
+        cls: Any = type(module)
+        if not _is_called_norm(cls):
             continue
         own = [parameter for parameter in module._parameters.values() if parameter is not None]
         if (

@@ -111,6 +111,25 @@ def without_a_promise(rank: int, folder: Path) -> dict[str, Any]:
     return {"error": "", "same": False}
 
 
+def wrapped_while_frozen(rank: int, folder: Path) -> dict[str, Any]:
+    """The wrapper looks once at what requires a gradient: what was frozen then gets none that is synchronised."""
+    model = build()
+    model.patch_embed.requires_grad_(False)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    head = apply_plan(wrapped, "linear_probe")  # trains nothing of it
+    head.undo()
+    before = [p.requires_grad for p in model.parameters()]
+    found = {"error": "", "same": False}
+    try:
+        apply_plan(wrapped, "full")
+    except ApplyError as error:
+        found = {"error": str(error), "same": before == [p.requires_grad for p in model.parameters()]}
+    ignored = ["patch_embed.proj.weight", "patch_embed.proj.bias"]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    apply_plan(DistributedDataParallel(model), "full")
+    return found
+
+
 def shard(model: nn.Module) -> nn.Module:
     for block in model.blocks:
         fully_shard(block)
@@ -210,6 +229,17 @@ def test_a_phase_does_not_begin_without_a_promise(tmp_path: Path) -> None:
         assert found["error"].splitlines()[0] == (
             "phase 'rest' would begin in 2 processes: gradients of what it thaws would not be synchronised, "
             "without an error"
+        )
+        assert found["same"]
+
+
+def test_a_plan_does_not_train_what_the_wrapper_would_not_synchronise(tmp_path: Path) -> None:
+    for found in twice(wrapped_while_frozen, tmp_path):
+        assert found["error"] == (
+            "gradients of 2 tensors that the plan trains would not be synchronised between 2 processes, without an "
+            "error; the first is 'patch_embed.proj.bias'\n"
+            "  they did not require a gradient when the model was wrapped in DistributedDataParallel\n"
+            "  apply the plan first, and wrap the model then"
         )
         assert found["same"]
 
