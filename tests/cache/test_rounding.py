@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from families import ZOO
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -27,7 +28,6 @@ from freezeplan.errors import ApplyError
 from freezeplan.model.describer import create_model
 from freezeplan.voc_vgg16.command import voc_vgg16
 
-ZOO = json.loads(Path(__file__).parents[1].joinpath("zoo.json").read_text())
 QUICK = ["test_resnet", "test_convnext", "test_efficientnet", "test_vit", "test_byobnet"]
 LARGE = {"deepseek_vit", "gemma4_vit", "mobilenetv5", "naflexvit", "nasnet", "pnasnet", "qwen3_vit"}
 ROUNDING = {"tf32": 1e-3, "bf16": 1e-2}
@@ -75,13 +75,13 @@ def test_the_patch_is_such_a_device(device_that_rounds):
     assert (whole[:2] - layer(images[:2])).abs().max() <= 3 * device_that_rounds * whole.abs().max()
 
 
-def keeps_trains_and_reads_back(name: str, folder: Path, plan: str = "linear_probe") -> None:
+def keeps_trains_and_reads_back(
+    name: str, folder: Path, plan: str = "linear_probe", *, size: int = 0, **arguments: int
+) -> None:
     """Features of five images in batches of two, so that the last batch is smaller; a step on them; found again."""
     torch.manual_seed(0)
-    model = create_model(name, num_classes=3)
-    size = model.pretrained_cfg["input_size"][-1]
-    if not model.pretrained_cfg.get("fixed_input_size") and name != "halonet_h1":
-        size = min(size, 96)  # halonet_h1's attention wants blocks of 8 pixels
+    model = create_model(name, num_classes=3, **arguments)
+    size = size or model.pretrained_cfg["input_size"][-1]
     images = TensorDataset(torch.randn(5, 3, size, size), torch.arange(5) % 3)
     live = apply_plan(model, plan, lr=0.1)
     optimizer = torch.optim.SGD(live)
@@ -115,7 +115,8 @@ def test_one_model_of_each_module_keeps_its_features(family, relative, monkeypat
         pytest.skip("takes more memory than a test should")
     for name in ("conv2d", "linear"):
         monkeypatch.setattr(F, name, rounded(getattr(F, name), relative))
-    keeps_trains_and_reads_back(ZOO[family]["model"], tmp_path)
+    entry = ZOO[family]
+    keeps_trains_and_reads_back(entry["model"], tmp_path, size=entry["size"], **entry["arguments"])
 
 
 @pytest.mark.slow
