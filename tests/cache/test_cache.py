@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import pickle
 import random
 import re
-import runpy
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
+import filling
 import numpy as np
 import pytest
 import torch
@@ -704,78 +702,56 @@ def test_what_killed_processes_left_goes_with_the_next_write(live, tmp_path):
     assert not list(tmp_path.glob("*/.*.part"))
 
 
-WORK = """
-    import sys, torch
-    from freezeplan import apply_plan
-    from freezeplan.cache import fill
-    from freezeplan.model import create_model
-    from torch.utils.data import TensorDataset
-
-    def work(where, keep="auto"):
-        fill.SHARD_BYTES = 4 * 64 * 64 * 3 * 4
-        torch.manual_seed(0)
-        torch.set_num_threads(1)
-        model = create_model("resnet18", num_classes=3)
-        live = apply_plan(model, "linear_probe", lr=0.1)
-        data = TensorDataset(torch.randn(120, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
-        print("ready", flush=True)
-        features, _ = live.cached(data, where, batch_size=4, keep=keep)
-        return features.computed, features.batch(range(120))
-
-    if __name__ == "__main__":
-        torch.save(work(sys.argv[1], *sys.argv[3:]), sys.argv[2])
-"""
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    script = tmp_path_factory.mktemp("work") / "work.py"
-    script.write_text(textwrap.dedent(WORK))
-    return script
+def another_process(*arguments):
+    """Start ``filling.tell`` in a process that has imported everything; the process, and what it says."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["timm", "freezeplan.api"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=filling.tell, args=(sender, *arguments))
+    process.start()
+    sender.close()
+    return process, receiver
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work(work, tmp_path):
+def test_two_processes_share_the_work(tmp_path):
     """Each shard is computed by one of them, and both have all of it."""
-    running = [
-        subprocess.Popen([sys.executable, str(work), str(tmp_path / "cache"), str(tmp_path / f"{i}.pt")])
-        for i in range(2)
-    ]
-    assert [process.wait(120) for process in running] == [0, 0]
-    (mine, a), (yours, b) = (torch.load(tmp_path / f"{i}.pt") for i in range(2))
+    running = [another_process(tmp_path) for _ in range(2)]
+    (mine, a), (yours, b) = ([receiver.recv(), receiver.recv()][1] for _, receiver in running)
+    for process, _ in running:
+        process.join()
 
-    assert mine + yours == 120
-    assert torch.equal(a, b)
+    assert mine + yours == filling.IMAGES
+    assert (a == b).all()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("keep", "times"), [("disk", 20), ("device", 10)])
-def test_killed_many_times(work, tmp_path, keep, times):
+def test_killed_many_times(tmp_path, keep, times, monkeypatch):
     """At random moments: what is there is whole, and the rerun's features are those of an uninterrupted run.
 
     Each waits for a random number of shards and a little longer: a fast or a busy machine is hit in the middle too.
     """
-    function = runpy.run_path(str(work))["work"]
+    monkeypatch.setattr(fill, "SHARD_BYTES", fill.SHARD_BYTES)  # which filling sets
     threads = torch.get_num_threads()
     chance, partly = random.Random(0), 0
     try:
-        _, expected = function(tmp_path / "whole")
+        _, expected = filling.fill_folder(tmp_path / "whole")
         for number in range(times):
             where = tmp_path / f"killed{number}"
-            with subprocess.Popen(
-                [sys.executable, str(work), str(where), str(where / "out.pt"), keep], stdout=subprocess.PIPE
-            ) as process:
-                process.stdout.readline()
-                moment = chance.randrange(25)
-                while len(list(where.glob("*/*.safetensors"))) < moment and process.poll() is None:
-                    time.sleep(0.001)
-                time.sleep(chance.uniform(0, 0.03))
-                process.kill()
+            process, receiver = another_process(where, keep)
+            receiver.recv()
+            moment = chance.randrange(10)
+            while len(list(where.glob("*/*.safetensors"))) < moment and process.is_alive():
+                time.sleep(0.001)
+            time.sleep(chance.uniform(0, 0.03))
+            process.kill()
+            process.join()
             kept = len(list(where.glob("*/*.safetensors")))
-            partly += 0 < kept < 30
-            computed, features = function(where)
+            partly += 0 < kept < filling.IMAGES // filling.SHARD
+            computed, features = filling.fill_folder(where)
 
-            assert computed == 120 - 4 * kept
+            assert computed == filling.IMAGES - filling.SHARD * kept
             assert torch.equal(features, expected)
             assert not list(where.glob("*/.*.part"))
     finally:
