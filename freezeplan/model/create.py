@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from freezeplan.errors import ModelError, did_you_mean
 from freezeplan.model import names
+from freezeplan.model.meta import meta_device
 from freezeplan.model.timm_facts import LivePart, config, find_parts, first_conv, is_timm
 
 T = TypeVar("T")
@@ -60,7 +61,7 @@ def timm_model(name: str, arguments: Mapping[str, Any], *, meta: bool = False) -
             notes=[*did_you_mean(name, known), f"timm knows {len(known)} models; or give package.module:function"],
         )
     try:
-        with torch.device("meta" if meta else "cpu"):
+        with meta_device() if meta else torch.device("cpu"):
             model: nn.Module = timm.create_model(name, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError, NotImplementedError) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())

@@ -147,11 +147,10 @@ class Description:
     @cached_property
     def last_stages(self) -> Mapping[str, int]:
         """Tensor with a stage -> number of the last stage of the part that it is in."""
-        last = {
-            name: max((self.stages[inside] for inside in part.tensors if inside in self.stages), default=0)
-            for part in self.parts
-            for name in part.tensors
-        }
+        last: dict[str, int] = {}
+        for part in self.parts:
+            found = max((self.stages[name] for name in part.tensors if name in self.stages), default=0)
+            last |= dict.fromkeys(part.tensors, found)
         return {name: last.get(name, self.last_stage) for name in self.stages}
 
     @cached_property

@@ -19,6 +19,7 @@ from torch import nn
 
 from freezeplan.errors import FreezePlanWarning, ModelError
 from freezeplan.model.create import timm_model
+from freezeplan.model.meta import meta_device
 
 _FUNCTION = re.compile(r"[\w.]+:[\w.]+")
 
@@ -60,12 +61,12 @@ def load_model(
     with _working_directory_first():
         function = _imported(name)
         try:
-            return _built(name, function, keywords, "meta" if meta else "cpu")
+            return _built(name, function, keywords, meta=meta)
         except ModelError as error:
             if not meta or "meta" not in str(error.__cause__).lower():
                 raise
             reason = str(error.__cause__).partition("\n")[0]
-        model = _built(name, function, keywords, "cpu")
+        model = _built(name, function, keywords, meta=False)
     warnings.warn(
         f"{name} reads the values of tensors, which the meta device does not have ({reason}); "
         "it was built on the CPU, with all its memory",
@@ -111,9 +112,9 @@ def _imported(name: str) -> Callable[..., Any]:
     return builder  # type: ignore[no-any-return]
 
 
-def _built(name: str, function: Callable[..., Any], arguments: Mapping[str, Any], device: str) -> nn.Module:
+def _built(name: str, function: Callable[..., Any], arguments: Mapping[str, Any], *, meta: bool) -> nn.Module:
     try:
-        with torch.device(device):
+        with meta_device() if meta else torch.device("cpu"):
             model = function(**arguments)
     except (Exception, SystemExit) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())

@@ -13,12 +13,12 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from freezeplan.errors import ModelError
 from freezeplan.model import depth as stages
 from freezeplan.model import names
+from freezeplan.model.meta import meta_device
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _architecture(name: str) -> Facts | None:
 
     if not timm.is_model(name):
         return None
-    with torch.device("meta"):
+    with meta_device():
         return read(names.survey(timm.create_model(name)), depth=True)
 
 
@@ -341,10 +341,8 @@ def _depth(
 def _single_layers(groups: Mapping[str, int]) -> bool:
     """Whether no group, the stem and the last apart, has more than one module that owns tensors (VGG)."""
     last, owner = max(groups.values()), dict[int, str]()
-    return all(
-        owner.setdefault(group, above) == above
-        for above, group in ((names.owner(name), group) for name, group in groups.items() if 0 < group < last)
-    )
+    between = ((group, names.owner(name)) for name, group in groups.items() if 0 < group < last)
+    return all(owner.setdefault(group, above) == above for group, above in between)
 
 
 def timm_version(model: nn.Module) -> str:
