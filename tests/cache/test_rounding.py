@@ -299,7 +299,11 @@ def rounded_by_format(function, relative: float):
 @pytest.mark.filterwarnings("ignore::freezeplan.FreezePlanWarning")
 @pytest.mark.parametrize("relative", [0.0, *ROUNDING.values()])
 @pytest.mark.parametrize(
-    "name", ["test_resnet", "test_convnext", pytest.param("mobilenetv3_small_050", marks=pytest.mark.slow)]
+    "name",
+    [
+        "test_resnet",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("test_convnext", "mobilenetv3_small_050")),
+    ],
 )
 def test_features_of_a_phase_that_freezes_more_are_those_of_its_images(name, relative, monkeypatch, tmp_path):
     """Old features are continued where that is the same to the bit; else all are computed from images, with no error.

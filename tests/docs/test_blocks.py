@@ -30,9 +30,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SCRIPT = Path(__file__).parents[1] / "pages" / "train.py"
 """What the patches of a page are for."""
-SLOW = {"docs/trainers/accelerate.md", "docs/trainers/huggingface.md", "docs/trainers/lightning.md"} | {
-    "docs/trainers/torchvision.md"
-}
+SLOW = {
+    "docs/trainers/accelerate.md", "docs/trainers/huggingface.md", "docs/trainers/lightning.md",
+    "docs/trainers/torchvision.md", "docs/recipes.md", "docs/errors.md",
+}  # fmt: skip
 APART = {"README.md", "docs/recipes.md"}
 """Pages whose sections stand alone: each begins with new names."""
 

@@ -23,6 +23,7 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_plan_in_a_loop_of_your_own_holds() -> None:
     """examples/own_loop.py trains, and ends with the proof."""
     assert run("examples/own_loop.py").splitlines()[-1] == "held: 90 frozen tensors and buffers are bit-identical"

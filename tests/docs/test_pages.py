@@ -16,7 +16,7 @@ from freezeplan.plan import schema
 
 DOCS = Path(__file__).parents[2] / "docs"
 BAD = Path(__file__).parents[1] / "plans" / "bad"
-SLOW = ("presets.md", "zoo.md")
+SLOW = ("presets.md", "zoo.md", "errors.md")
 
 
 def load():

@@ -17,7 +17,8 @@ from freezeplan import apply_plan, load_delta
 ROOT = Path(__file__).parents[2]
 EXAMPLE = runpy.run_path(str(ROOT / "examples/hosts.py"))
 HOSTS: dict[str, Any] = EXAMPLE["HOSTS"]
-SLOW = {name for name, host in HOSTS.items() if host.size == 224 or name.startswith(("transformers", "torch.compile"))}
+LARGER = ("transformers", "torch.compile", "segmentation_models_pytorch")
+SLOW = {name for name, host in HOSTS.items() if host.size == 224 or name.startswith(LARGER)}
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in HOSTS]
 PLAN = {
     "version": 1,

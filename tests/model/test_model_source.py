@@ -96,6 +96,7 @@ def test_a_module_of_the_working_directory_is_found(folder, name, arguments, sha
     assert sys.path == before
 
 
+@pytest.mark.slow
 def test_the_command_finds_it_too(folder):
     """The installed command, whose own path begins in another folder."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", "COLUMNS": "80"}

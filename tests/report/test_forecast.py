@@ -18,7 +18,7 @@ from freezeplan.report.forecast import OPTIMIZERS, forecast, measure
 
 MODELS = [
     pytest.param("test_resnet", 64, id="resnet"),
-    pytest.param("test_vit", 160, id="vit"),
+    pytest.param("test_vit", 160, marks=pytest.mark.slow, id="vit"),
     pytest.param("test_convnext", 64, marks=pytest.mark.slow, id="convnext"),
     pytest.param("tf_efficientnet_lite0", 64, marks=pytest.mark.slow, id="efficientnet"),
     pytest.param("vgg16", 64, marks=pytest.mark.slow, id="vgg16"),
@@ -75,6 +75,7 @@ def test_grouped_convolutions_are_counted_once():
     assert backward == 3 * one  # the first one's images need no gradient
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     """Both outputs, and what is kept on features."""
     arguments = ["forecast", "linear_probe", "resnet18", "--image-size", "64", "--batch-size", "8"]

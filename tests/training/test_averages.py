@@ -143,7 +143,13 @@ def parametrized(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("wrap", [checkpointed, checkpointed_parts, compiled, copy.deepcopy, nn.DataParallel])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        checkpointed, checkpointed_parts, pytest.param(compiled, marks=pytest.mark.slow), copy.deepcopy,
+        nn.DataParallel,
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 @pytest.mark.filterwarnings("ignore:.*")
 def test_a_wrapper_changes_nothing_of_the_result(wrap: Callable[[nn.Module], nn.Module], first: bool) -> None:

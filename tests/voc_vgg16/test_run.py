@@ -115,6 +115,7 @@ def test_the_number_of_threads_is_put_back(voc: Path, tmp_path: Path) -> None:
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.slow
 def test_an_arm_that_did_not_learn_is_marked(voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = voc_vgg16(data=voc, out=tmp_path, arm=["frozen_convs"], lr=1e-30, label="first", seed=[2], **QUICK)
 
@@ -197,6 +198,7 @@ def test_bad_images_are_counted_and_left_out(tmp_path: Path, capsys: pytest.Capt
     assert f"1 image does not decode and was left out: JPEGImages/{bad.name}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_plan_without_a_description_is_an_arm(voc: Path, tmp_path: Path) -> None:
     convs = tmp_path / "convs.yaml"
     convs.write_text("version: 1\nrules: [{role: head, lr_mult: 1}, {match: .*, lr_mult: 0.2}]\n")
@@ -419,6 +421,7 @@ def test_another_file_of_weights_is_another_run(voc: Path, tmp_path: Path, monke
     )
 
 
+@pytest.mark.slow
 def test_features_go_to_the_folder_and_under_the_bound(voc: Path, tmp_path: Path) -> None:
     given = {"data": voc, "arm": ["frozen_convs"], "cache_dir": tmp_path / "features", **QUICK}
     voc_vgg16(out=tmp_path / "one", **given)
@@ -476,6 +479,7 @@ def test_real_photos_gain_from_real_weights(flowers: dict[str, Any], tmp_path: P
     assert error["frozen_convs"] <= error["scratch"] - 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_photos_with_several_objects(tmp_path: Path) -> None:
     data = SHARED / "data" / "fruit3_voc.tar"
