@@ -22,7 +22,8 @@ class Measured:
     any_error: float
     """Fraction of images that do not show the guessed class at all."""
     average_precision: tuple[float | None, ...]
-    """One a class; None where the split shows none of it. Images whose only such objects are difficult do not count."""
+    """One a class; None where the split shows none of it. Images whose only such objects are difficult do not count.
+    Empty where nobody asked for it."""
     largest_error: float
     """Top-1 error against the class of the largest box, whatever the model was trained on."""
     first_error: float
@@ -60,12 +61,13 @@ def predict(
     return logits
 
 
-def measure(logits: Tensor, split: Split) -> Measured:
+def measure(logits: Tensor, split: Split, *, precision: bool = True) -> Measured:
     """Compare answers with what is on the images.
 
     Args:
         logits: (N, classes).
         split: The images they answer, N of them.
+        precision: Whether the average precision is asked for; it needs torchmetrics, which takes seconds to import.
 
     Returns:
         Errors, and the average precision of each class by its softmax probability (torchmetrics; the area under the
@@ -86,7 +88,7 @@ def measure(logits: Tensor, split: Split) -> Measured:
         top1_error=fraction(~right[:, 0]),
         top5_error=fraction(~right.any(1)) if logits.shape[1] > 5 else None,
         any_error=fraction(~shown),
-        average_precision=_average_precision(logits.softmax(1), split.present),
+        average_precision=_average_precision(logits.softmax(1), split.present) if precision else (),
         largest_error=fraction(guesses[:, 0] != split.by_rule["largest"]),
         first_error=fraction(guesses[:, 0] != split.by_rule["first"]),
     )

@@ -107,6 +107,7 @@ def train_arm(
     checkpoint: Checkpoint | None = None,
     until: int | None = None,
     shared: Shared | None = None,
+    precision: bool = False,
     processes: Processes = Processes(),  # noqa: B008  # frozen
 ) -> Run:
     """Train one arm and measure it.
@@ -129,6 +130,7 @@ def train_arm(
             any moment and goes on gives the same bits as one that was not.
         until: Epoch to stop after; with a checkpoint the run can go on from there. None: the last one.
         shared: What earlier runs left, on the same images; and what this one leaves.
+        precision: Whether the average precision of each class is measured too.
         processes: Those that share each batch, by DistributedDataParallel. A model without batch norm learns what one
             process would teach it, up to the order of summation; statistics of batch norm are of each process's share,
             and averaged before validation.
@@ -236,7 +238,7 @@ def train_arm(
     run = Run(
         seed=seed,
         epochs=tuple(epochs),
-        val=measure(logits, val),
+        val=measure(logits, val, precision=precision),
         train_error=train_error,
         learned=math.isfinite(epochs[-1].train_loss) and train_error < commonest_error(train.labels),
         seconds=feeder.seconds + sum(epoch.train_seconds + epoch.eval_seconds for epoch in epochs),

@@ -176,6 +176,7 @@ def run(
                     seed=seed,
                     progress=watch,
                     checkpoint=checkpoints.of(arm, seed) if checkpoints is not None else None,
+                    precision=True,
                     processes=processes,
                 )
                 runs[arm].append(trained)
