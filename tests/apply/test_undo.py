@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import types
-from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
+from families import ZOO
 from torch import nn
 
 from freezeplan import apply_plan
 from freezeplan.model.describer import create_model
 
-ZOO: dict[str, dict[str, Any]] = {
-    family: entry
-    for family, entry in json.loads(Path(__file__).parents[1].joinpath("zoo.json").read_text()).items()
-    if timm.is_model(entry["model"])
-}
-"""One model of each architecture module, those that an older timm lacks left out."""
 QUICK = {"resnet", "levit"}
 CASES = [pytest.param(f, e, id=f, marks=() if f in QUICK else pytest.mark.slow) for f, e in ZOO.items()]
 PRESETS = ("linear_probe", "bitfit", "gradual_unfreeze")

@@ -20,7 +20,7 @@ from freezeplan.apply import freeze
 from freezeplan.errors import PlanError
 from freezeplan.model.describer import create_model, describe
 
-QUICK = {"resnet", "vgg", "levit", "efficientnet", "vision_transformer", "convnext"}
+QUICK = {"resnet", "levit", "efficientnet", "vision_transformer", "convnext"}
 LAZY = {"convit": "rel_indices"}
 """Buffers that a model derives from its input size at the first forward pass; no statistics."""
 
