@@ -285,7 +285,7 @@ def work(process, until=math.inf):
 def test_killed_12_times(tmp_path):
     """``kill -9`` at moments of the whole run and a little more, and 12 times the figures of an uninterrupted run.
 
-    One moment at random in each twelfth, so that they are uniform and leave no part out.
+    One moment at random in each twelfth, so that they leave no part out, and one at the very beginning.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
@@ -304,11 +304,11 @@ def test_killed_12_times(tmp_path):
     seconds = min(work(start(tmp_path / name)) for name in ("first", "whole"))
     whole = figures(tmp_path / "whole")
     assert figures(tmp_path / "first") == whole
-    chance, moments = random.Random(1), []  # whose first moment is within a hundredth of the run
-    for number in range(12):
+    chance, moments = random.Random(1), []
+    for number, share in enumerate((0.003, *((part + chance.random()) / 11 for part in range(11)))):
         out = tmp_path / f"run{number}"
         run = start(out)
-        spent = work(run, until=1.05 * seconds * (number + chance.random()) / 12)
+        spent = work(run, until=1.05 * seconds * share)
         run.kill()
         run.join()
         if run.exitcode == -signal.SIGKILL and (not finished(out) or (out / FOLDER).exists()):
