@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -60,6 +61,16 @@ def a_thread_a_worker():
         import torch
 
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """Processes that begin at once: they are forked from one that has imported what is slow to import."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["freezeplan.voc_vgg16.command", "torchmetrics.functional.classification", "matplotlib.figure", "jinja2"]
+    )
+    return context
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import pickle
 import random
 import re
@@ -702,10 +701,8 @@ def test_what_killed_processes_left_goes_with_the_next_write(live, tmp_path):
     assert not list(tmp_path.glob("*/.*.part"))
 
 
-def another_process(*arguments):
-    """Start ``filling.tell`` in a process that has imported everything; the process, and what it says."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["timm", "freezeplan.api"])
+def another_process(context, *arguments):
+    """Start ``filling.tell`` in another process; the process, and what it says."""
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=filling.tell, args=(sender, *arguments))
     process.start()
@@ -714,9 +711,9 @@ def another_process(*arguments):
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work(tmp_path):
+def test_two_processes_share_the_work(tmp_path, forked):
     """Each shard is computed by one of them, and both have all of it."""
-    running = [another_process(tmp_path) for _ in range(2)]
+    running = [another_process(forked, tmp_path) for _ in range(2)]
     (mine, a), (yours, b) = ([receiver.recv(), receiver.recv()][1] for _, receiver in running)
     for process, _ in running:
         process.join()
@@ -727,7 +724,7 @@ def test_two_processes_share_the_work(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("keep", "times"), [("disk", 20), ("device", 10)])
-def test_killed_many_times(tmp_path, keep, times, monkeypatch):
+def test_killed_many_times(tmp_path, keep, times, forked, monkeypatch):
     """At random moments: what is there is whole, and the rerun's features are those of an uninterrupted run.
 
     Each waits for a random number of shards and a little longer: a fast or a busy machine is hit in the middle too.
@@ -739,7 +736,7 @@ def test_killed_many_times(tmp_path, keep, times, monkeypatch):
         _, expected = filling.fill_folder(tmp_path / "whole")
         for number in range(times):
             where = tmp_path / f"killed{number}"
-            process, receiver = another_process(where, keep)
+            process, receiver = another_process(forked, where, keep)
             receiver.recv()
             moment = chance.randrange(10)
             while len(list(where.glob("*/*.safetensors"))) < moment and process.is_alive():

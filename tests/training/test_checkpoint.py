@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import random
 import signal
@@ -282,33 +281,31 @@ def work(process, until=math.inf):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the clock of another process")
-def test_killed_12_times(tmp_path):
+def test_killed_12_times(tmp_path, forked):
     """``kill -9`` at moments of the whole run and a little more, and 12 times the figures of an uninterrupted run.
 
-    One moment at random in each twelfth, so that they leave no part out, and one at the very beginning.
+    One moment at random in each ninth, and one in each part of a run, however short it is beside the others.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["freezeplan.voc_vgg16.command", "torchmetrics.functional.classification", "matplotlib.figure", "jinja2"]
-    )
-
     data = write_sample(tmp_path / "data", train=200, val=100)  # once, so that more of a run is training
     given = {"data": data, "model": "vgg16_slim_fc256", "weights": str(weights_path()), "threads": 1, "workers": 1}
 
     def start(out):
         more = {"epochs": 8, "out": out, "resume": True}
-        process = context.Process(target=voc_vgg16, kwargs={**SMALL, **given, **more})
+        process = forked.Process(target=voc_vgg16, kwargs={**SMALL, **given, **more})
         process.start()
         return process
 
     seconds = min(work(start(tmp_path / name)) for name in ("first", "whole"))
     whole = figures(tmp_path / "whole")
     assert figures(tmp_path / "first") == whole
-    chance, moments = random.Random(1), []
-    for number, share in enumerate((0.003, *((part + chance.random()) / 11 for part in range(11)))):
+    chance, moments, parts = random.Random(1), [], ("before run.json", "first arm", "second arm")
+    for number, at in enumerate([*parts, *((ninth + chance.random()) / 9 for ninth in range(9))]):
         out = tmp_path / f"run{number}"
         run = start(out)
-        spent = work(run, until=1.05 * seconds * share)
+        if isinstance(at, str):
+            while run.is_alive() and moment(out) != at:
+                time.sleep(0.005)
+        spent = work(run, until=0 if isinstance(at, str) else 1.05 * seconds * at)
         run.kill()
         run.join()
         if run.exitcode == -signal.SIGKILL and (not finished(out) or (out / FOLDER).exists()):
@@ -322,4 +319,4 @@ def test_killed_12_times(tmp_path):
         assert figures(out) == whole
         assert not (out / FOLDER).exists()
     assert len(moments) >= 9
-    assert {"before run.json", "first arm", "second arm"} <= set(moments)
+    assert set(parts) <= set(moments)

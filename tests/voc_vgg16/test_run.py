@@ -528,13 +528,12 @@ def test_what_can_be_typed_is_what_a_run_takes() -> None:
 
 
 @pytest.mark.slow
-def test_on_the_sample_every_transfer_arm_is_far_ahead_of_scratch(tmp_path: Path) -> None:
-    """For each of the seeds 0, 1 and 2: at least ten points below scratch, which has learnt its training images."""
-    out = voc_vgg16(out=tmp_path, seed=[0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_on_the_sample_every_transfer_arm_is_far_ahead_of_scratch(seed: int, tmp_path: Path) -> None:
+    """At least ten points below scratch, which has learnt its training images."""
+    out = voc_vgg16(out=tmp_path, seed=[seed])
 
     found = json.loads((out / "results.json").read_text())["arms"]
-    errors = {arm: [run["top1_error"] for run in entry["runs"]] for arm, entry in found.items()}
-    assert all(run["learned"] for run in found["scratch"]["runs"])
-    assert all(
-        mine <= scratch - 0.1 for a in ARMS[1:] for mine, scratch in zip(errors[a], errors["scratch"], strict=True)
-    )
+    errors = {arm: entry["runs"][0]["top1_error"] for arm, entry in found.items()}
+    assert found["scratch"]["runs"][0]["learned"]
+    assert all(errors[arm] <= errors["scratch"] - 0.1 for arm in ARMS[1:])
