@@ -78,9 +78,15 @@ def start(
     return build(model, classes=classes, image_size=size, weights=weights, seed=seed)
 
 
-def train(arm: str = "same_lr", model: nn.Module | None = None, settings: Settings = SETTINGS, seed: int = 0) -> Run:
+def train(
+    arm: str = "same_lr",
+    model: nn.Module | None = None,
+    settings: Settings = SETTINGS,
+    seed: int = 0,
+    **options: bool,
+) -> Run:
     data = split(), split(10)
-    return train_arm(model or start(), load_arms([arm])[arm], data, settings, seed=seed, progress=Recorder())
+    return train_arm(model or start(), load_arms([arm])[arm], data, settings, seed=seed, progress=Recorder(), **options)
 
 
 @pytest.fixture(scope="module")
@@ -242,13 +248,18 @@ def test_a_model_that_is_not_timms() -> None:
 
 
 def test_an_arm_learns_and_is_measured() -> None:
-    run = train(settings=replace(SETTINGS, epochs=8))
+    run = train(settings=replace(SETTINGS, epochs=8), precision=True)
 
     assert (run.learned, run.train_error, run.val.top1_error, run.val.any_error) == (True, 0, 0, 0)
     assert run.val.top5_error is None
     assert run.val.average_precision == (1, 1)
     assert [epoch.epoch for epoch in run.epochs] == [*range(1, 9)]
     assert run.seconds >= sum(epoch.train_seconds + epoch.eval_seconds for epoch in run.epochs)
+
+
+def test_average_precision_is_measured_where_it_is_asked_for() -> None:
+    assert train().val.average_precision == ()
+    assert len(train(precision=True).val.average_precision) == 2
 
 
 def test_a_seed_gives_the_same_run_again() -> None:
