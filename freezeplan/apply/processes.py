@@ -46,6 +46,8 @@ def check_wrapped(model: nn.Module, live: names.Live, resolution: Resolution) ->
     Raises:
         ApplyError: If a tensor that any phase trains is in no gradient bucket of the wrapper around it.
     """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
     wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
     lost: dict[int, int] = {}
     for wrapper in wrappers:

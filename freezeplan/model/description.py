@@ -164,7 +164,14 @@ class Description:
 
 
 def _paths(things: Iterable[Tensor | Module]) -> Mapping[str, tuple[str, ...]]:
-    return {one.name: tuple(part for name in one.names for part in (*prefixes(name), name)) for one in things}
+    known: dict[str, tuple[str, ...]] = {"": ()}
+
+    def path(name: str) -> tuple[str, ...]:
+        if name not in known:
+            known[name] = (*path(name.rpartition(".")[0]), name)
+        return known[name]
+
+    return {one.name: path(one.name) + tuple(part for name in one.aliases for part in path(name)) for one in things}
 
 
 def prefixes(name: str) -> Iterator[str]:

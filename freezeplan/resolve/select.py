@@ -7,7 +7,7 @@ module and all below it; ``features.1`` is not ``features.10``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from freezeplan.errors import nearest
@@ -82,12 +82,12 @@ def _with_role(roles: Iterable[str], model: Description) -> frozenset[str]:
 
 def match_tensors(patterns: Iterable[str], model: Description) -> set[str]:
     """Return the tensors of which any pattern matches a name, or the name of a module above it."""
-    return _matching(patterns, model.tensors, model.tensor_paths)
+    return _matching(patterns, model.tensors, lambda: model.tensor_paths)
 
 
 def match_modules(patterns: Iterable[str], model: Description) -> set[str]:
     """Return the modules, root excluded, of which any pattern matches a name or the name of a module above it."""
-    return _matching(patterns, [module for module in model.modules if module.name], model.module_paths)
+    return _matching(patterns, [module for module in model.modules if module.name], lambda: model.module_paths)
 
 
 def match_types(patterns: Iterable[str], model: Description) -> set[str]:
@@ -126,13 +126,14 @@ def stage_numbers(text: str, last: int) -> range:
 
 
 def _matching(
-    patterns: Iterable[str], things: Sequence[Tensor | Module], paths: Mapping[str, tuple[str, ...]]
+    patterns: Iterable[str], things: Sequence[Tensor | Module], paths: Callable[[], Mapping[str, tuple[str, ...]]]
 ) -> set[str]:
+    """Find what any pattern matches; the paths of names are asked for only where a pattern needs them."""
     found: set[str] = set()
     for pattern in patterns:
         if pattern == ".*":
             return {one.name for one in things}
-        regex, whole_only = Pattern(pattern), bool(_LOOKAROUND.search(pattern))
+        regex, whole_only, above = Pattern(pattern), bool(_LOOKAROUND.search(pattern)), paths()
         seen: dict[str, bool] = {}
 
         def hit(name: str, regex: Pattern = regex, seen: dict[str, bool] = seen) -> bool:
@@ -140,7 +141,7 @@ def _matching(
                 seen[name] = regex.fullmatch(name)
             return seen[name]
 
-        found |= {one.name for one in things if any(map(hit, one.names if whole_only else paths[one.name]))}
+        found |= {one.name for one in things if any(map(hit, one.names if whole_only else above[one.name]))}
     return found
 
 
