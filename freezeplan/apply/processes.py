@@ -22,7 +22,7 @@ def check_phase(model: nn.Module, phase: str, *, promised: bool) -> None:
     Raises:
         ApplyError: If nothing was promised; ``fully_shard`` synchronises whatever has a gradient and needs no promise.
     """
-    count = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    count = _count()
     if count == 1 or promised or all(map(is_sharded, model.parameters())):
         return
     raise ApplyError(
@@ -46,7 +46,7 @@ def check_wrapped(model: nn.Module, live: names.Live, resolution: Resolution) ->
     Raises:
         ApplyError: If a tensor that any phase trains is in no gradient bucket of the wrapper around it.
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if _count() == 1:
         return
     wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
     lost: dict[int, int] = {}
@@ -71,6 +71,10 @@ def check_wrapped(model: nn.Module, live: names.Live, resolution: Resolution) ->
                 "apply the plan first, and wrap the model then",
             ],
         )
+
+
+def _count() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _left_out(wrapper: DistributedDataParallel) -> list[nn.Parameter]:

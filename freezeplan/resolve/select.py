@@ -133,7 +133,7 @@ def _matching(
     for pattern in patterns:
         if pattern == ".*":
             return {one.name for one in things}
-        regex, whole_only, above = Pattern(pattern), bool(_LOOKAROUND.search(pattern)), paths()
+        regex, above = Pattern(pattern), None if _LOOKAROUND.search(pattern) else paths()
         seen: dict[str, bool] = {}
 
         def hit(name: str, regex: Pattern = regex, seen: dict[str, bool] = seen) -> bool:
@@ -141,7 +141,7 @@ def _matching(
                 seen[name] = regex.fullmatch(name)
             return seen[name]
 
-        found |= {one.name for one in things if any(map(hit, one.names if whole_only else above[one.name]))}
+        found |= {one.name for one in things if any(map(hit, one.names if above is None else above[one.name]))}
     return found
 
 
