@@ -77,7 +77,6 @@ DataOption = Annotated[
     str,
     typer.Option(metavar="DATA", help="Class folders, a tar of them, a table, VOC's layout, or hfds/NAME."),
 ]
-TimmModelOption = Annotated[str, typer.Option(help="A timm model name.", autocompletion=completion.models)]
 WeightsOption = Annotated[
     str | None,
     typer.Option(metavar="FILE|random", help="safetensors or a checkpoint.", show_default="timm's pretrained"),

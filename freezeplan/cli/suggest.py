@@ -15,9 +15,9 @@ from freezeplan.cli.options import (
     DataOption,
     DeviceOption,
     ImageSizeOption,
+    ModelOption,
     SkipBadOption,
     ThreadsOption,
-    TimmModelOption,
     WeightsOption,
     WorkersOption,
 )
@@ -42,7 +42,7 @@ def seconds(text: str) -> float:
 
 def suggest(
     data: DataOption,
-    model: TimmModelOption,
+    model: ModelOption,
     weights: WeightsOption = None,
     data_dir: DataDirOption = None,
     budget: Annotated[

@@ -86,5 +86,8 @@ def beside_head(names: Iterable[str], head: Collection[str]) -> frozenset[str]:
         ['head.norm.weight', 'pre_logits.fc.weight']
     """
     holders = {name.partition(".")[0] for name in head if name.count(".") >= 2}
-    parts = ((name, name.split(".")) for name in names)
-    return frozenset(name for name, split in parts if split[0] in holders or "pre_logits" in split)
+    return frozenset(
+        name
+        for name in names
+        if name.partition(".")[0] in holders or ("pre_logits" in name and "pre_logits" in name.split("."))
+    )

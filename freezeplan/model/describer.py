@@ -45,12 +45,10 @@ __all__ = [
 
 _BIAS = re.compile(r"(?:\w+_)?bias(?:_[ih]h_l\d+(?:_reverse)?)?")
 _DRAWS = re.compile(r"\bdrop\w*\(|dropout_p\b|self\.dropout,")
-_POSITION = re.compile(
-    r"(?<![^.])(?:"  # a whole part of the name
+_POSITION = re.compile(  # one component of a name
     r"\w*pos(?:ition(?:al)?)?_emb\w*|patch_pos|pixel_pos"  # absolute
     r"|\w*rel(?:ative)?_pos\w*|attention_biases|rope"  # relative
     r"|pos_block|pos_proj|cr?pe\d?|cpb_mlp|meta_mlp"  # what makes them: convolutions, small networks of offsets
-    r")(?![^.])"
 )
 _NORM = re.compile(r"Norm|InplaceAbn")
 
@@ -108,7 +106,7 @@ def describe(found: nn.Module | names.Live, *, asked: Collection[str] | None = N
     model = live.root
     asked = frozenset((*ROLES, "stage", "layer_decay")) if asked is None else frozenset(asked)
     tied = len(live.first_name) < len(live.parameters)
-    aliases = _first_names((name, held[0]) for name, held in live.parameters.items())[1] if tied else {}
+    aliases = _first_names([(name, held[0]) for name, held in live.parameters.items()])[1] if tied else {}
     tensors = tuple(
         Tensor(name, _shape(live.parameters[name]), names.owner(name), aliases.get(name, ()))
         for name in live.first_name.values()
@@ -129,7 +127,7 @@ def describe(found: nn.Module | names.Live, *, asked: Collection[str] | None = N
         "head": lambda: head,
         "body": lambda: head.symmetric_difference(ordered),
         "norm": lambda: _norms(live.inner, live.first_name),
-        "bias": lambda: (name for name in ordered if _BIAS.fullmatch(name.rpartition(".")[2])),
+        "bias": lambda: (name for name in ordered if "bias" in name and _BIAS.fullmatch(name.rpartition(".")[2])),
         "no_weight_decay": lambda: listed,
         "pos_embed": lambda: _positions(parts),
         "stem": lambda: (name for name, stage in found_stages.items() if stage == 0),
@@ -197,7 +195,9 @@ def _exponents(parts: Iterable[_Placed], outside: bool) -> Iterator[tuple[str, i
 def _positions(parts: Iterable[_Placed]) -> Iterator[str]:
     for placed in parts:
         ahead = len(placed.part.name) + 1 if placed.part.name else 0
-        yield from (name for name, there in placed.tensors.items() if _POSITION.search(there or name[ahead:]))
+        split = {name: (there or name[ahead:]).split(".") for name, there in placed.tensors.items()}
+        called = set(filter(_POSITION.fullmatch, set().union(*split.values())))
+        yield from (name for name, components in split.items() if not called.isdisjoint(components))
 
 
 def _listed(live: names.Live, parts: Collection[_Placed], outside: Collection[str]) -> frozenset[str]:
@@ -263,16 +263,20 @@ def _modules(inner: Mapping[str, nn.Module]) -> Iterator[Module]:
 
 def _owners(live: names.Live) -> Iterator[tuple[str, str]]:
     """The persistent buffers, each with the described module that it belongs to."""
+    inner = live.inner
     for name in live.buffers:
         module = name.rpartition(".")[0]
-        while module not in live.inner:
+        while module not in inner:
             module = module.rpartition(".")[0]
         yield name, module
 
 
-def _first_names(named: Iterable[tuple[str, object]]) -> tuple[dict[int, str], dict[str, tuple[str, ...]]]:
+def _first_names(named: Collection[tuple[str, object]]) -> tuple[dict[int, str], dict[str, tuple[str, ...]]]:
     """The ``id`` of each object -> its first name; and the first names of what has further ones -> these."""
-    first: dict[int, str] = {}
+    first = {id(item): name for name, item in named}
+    if len(first) == len(named):
+        return first, {}
+    first.clear()
     further: dict[str, tuple[str, ...]] = {}
     for name, item in named:
         known = first.setdefault(id(item), name)

@@ -175,17 +175,16 @@ def _held(
     walked: Sequence[tuple[str, nn.Module]],
 ) -> tuple[list[tuple[str, nn.Parameter]], list[tuple[str, Tensor]]]:
     """The parameters and the persistent buffers of what ``walk`` found, under all of their names."""
-    parameters, buffers = [], []
+    parameters: list[tuple[str, nn.Parameter]] = []
+    buffers: list[tuple[str, Tensor]] = []
     for name, module in walked:
-        if module._parameters or module._buffers:
-            below = f"{name}." if name else ""
-            parameters += [(below + key, found) for key, found in module._parameters.items() if found is not None]
-            derived = module._non_persistent_buffers_set
-            buffers += [
-                (below + key, found)
-                for key, found in module._buffers.items()
-                if found is not None and key not in derived
-            ]
+        below = f"{name}." if name else ""
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                parameters.append((below + key, parameter))
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                buffers.append((below + key, buffer))
     return parameters, buffers
 
 

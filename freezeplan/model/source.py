@@ -56,7 +56,7 @@ def load_model(
         if "num_classes" in keywords:
             raise ModelError("num_classes is given twice: as an option and among the model's arguments")
         keywords["num_classes"] = num_classes
-    if not _FUNCTION.fullmatch(name):
+    if not is_function(name):
         return timm_model(name, keywords, meta=meta)
     with _working_directory_first():
         function = _imported(name)
@@ -74,6 +74,16 @@ def load_model(
         stacklevel=2,
     )
     return model
+
+
+def is_function(name: str) -> bool:
+    """Whether a model's name is that of a function, and not one of timm's.
+
+    Examples:
+        >>> is_function("mymodels:two_towers"), is_function("resnet18"), is_function("hf-hub:timm/resnet18.a1_in1k")
+        (True, False, False)
+    """
+    return _FUNCTION.fullmatch(name) is not None
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from torch import nn
 from freezeplan import Plan, Rule, load_plan, resolve_plan
 from freezeplan.atomic import whole_file
 from freezeplan.errors import DataError, PlanError, Problem
-from freezeplan.model.describer import create_model
 from freezeplan.training.photos import split_each_class
 from freezeplan.training.ranking import Trial
 from freezeplan.training.settings import Settings
@@ -102,6 +101,7 @@ def least_frozen_first(plans: Mapping[str, Plan], model: nn.Module) -> list[str]
         model: It may be on the meta device.
 
     Examples:
+        >>> from freezeplan.training.weights import blank
         >>> plans = load_plans(["linear_probe", "surgical_last", "full"])
         >>> least_frozen_first(plans, blank("test_resnet", 3))
         ['full', 'surgical_last', 'linear_probe']
@@ -219,8 +219,3 @@ def read_trial(path: Path) -> Trial | None:
         return Trial(**{**data, "wrong": tuple(data["wrong"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
-
-
-def blank(model: str, classes: int) -> nn.Module:
-    """Return a model with a new head on the meta device, for checking plans."""
-    return create_model(model, num_classes=classes, meta=True)

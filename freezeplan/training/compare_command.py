@@ -23,16 +23,17 @@ from freezeplan.atomic import whole_file
 from freezeplan.errors import FreezePlanError, OutputError
 from freezeplan.report import terminal
 from freezeplan.training.checkpoint import check_same_run, read_facts
-from freezeplan.training.compare import RATES, blank, compare, decode_photos, fit_to, least_frozen_first, load_plans
+from freezeplan.training.compare import RATES, compare, decode_photos, fit_to, least_frozen_first, load_plans
 from freezeplan.training.compare_report import FILES, percent, print_ranking, write
 from freezeplan.training.halving import compare_by_halves, said
+from freezeplan.training.image_config import image_config
 from freezeplan.training.on_ray import on_ray
 from freezeplan.training.photos import read_photos
 from freezeplan.training.ranking import Trial, rank
 from freezeplan.training.settings import Amp, Settings
 from freezeplan.training.train import Epoch
 from freezeplan.training.trials import Comparison, Job, one_by_one
-from freezeplan.training.weights import default_image_size, weights_title
+from freezeplan.training.weights import blank, default_image_size, weights_title
 
 TRIALS = "trials"
 """The folder below ``--out`` that keeps each trial."""
@@ -68,8 +69,8 @@ def compare_plans(
     Args:
         plans: Presets, plan files, folders of plan files.
         data: See ``read_photos``.
-        model: A timm model name.
-        weights: A file, ``random``, or None for timm's pretrained weights.
+        model: A timm model name, or ``package.module:function``; see ``build``.
+        weights: A file, ``random``, or None for timm's pretrained weights, or what the function returns.
         data_dir: Where a data set of timm's is kept.
         lr: Base learning rates; ``RATES`` where none is given.
         seed: Seeds; 0 where none is given. The first one also decides which images are held out.
@@ -176,13 +177,13 @@ def eval_transform(model: str, image_size: int) -> Callable[[Any], Tensor]:
     """Return timm's own evaluation transform of a model, up to uint8: the size, crop and interpolation it expects.
 
     Args:
-        model: A timm model name.
+        model: A timm model name, or ``package.module:function``; see ``build``.
         image_size: Side in pixels.
 
     Returns:
         PIL image to uint8, (3, image_size, image_size).
     """
-    config = resolve_data_config({"input_size": (3, image_size, image_size)}, model=blank(model, 2))
+    config = resolve_data_config({"input_size": (3, image_size, image_size)}, dict(image_config(blank(model, 2))))
     transform = create_transform(
         input_size=(3, image_size, image_size), is_training=False, use_prefetcher=True,
         interpolation=config["interpolation"], crop_pct=config["crop_pct"], crop_mode=config["crop_mode"],

@@ -10,6 +10,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from freezeplan.training.image_config import image_config
 from freezeplan.training.settings import Augment, Normalise
 from freezeplan.training.voc import Split
 
@@ -144,7 +145,7 @@ class Pixels(Dataset[Tensor]):
     """A split's images as a model expects them.
 
     Args:
-        model: With timm's configuration.
+        model: Timm's, or one that holds a timm model.
         split: The images.
         normalise: See ``normalisation``.
         channels_last: Order of the numbers in memory.
@@ -153,7 +154,7 @@ class Pixels(Dataset[Tensor]):
     def __init__(self, model: nn.Module, split: Split, *, normalise: Normalise, channels_last: bool):
         self.images = split.images
         """Bytes, (N, 3, S, S)."""
-        self.prepare = Prepare(normalisation(model.pretrained_cfg, normalise), channels_last=channels_last)
+        self.prepare = Prepare(normalisation(image_config(model), normalise), channels_last=channels_last)
         self.prepare.to(self.device)
 
     @property

@@ -69,7 +69,7 @@ def stage_features(model: nn.Module, description: Description, batches: Iterable
         (2, 96)
     """
     ends, classifier = _ends(model, description), linear_head(model, description)
-    nhwc = getattr(model, "output_fmt", "NCHW") == "NHWC"
+    nhwc = any(getattr(model.get_submodule(part.name), "output_fmt", "") == "NHWC" for part in description.parts)
     stages: dict[int, list[Tensor]] = {}
     head: list[Tensor] = []
     now: dict[int, Any] = {}

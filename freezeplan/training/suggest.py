@@ -13,12 +13,13 @@ from freezeplan import Plan, load_plan, resolve_plan
 from freezeplan.errors import PlanError
 from freezeplan.model.describer import describe
 from freezeplan.report.forecast import forecast
-from freezeplan.training.compare import blank, compare, read_trial
+from freezeplan.training.compare import compare, read_trial
 from freezeplan.training.gradients import Pull, auto_rgn, fit_head, relative_gradient_norms, scored
 from freezeplan.training.pixels import Pixels
 from freezeplan.training.probe import Depth, carries_to, depth_profile, linear_head, stage_features
 from freezeplan.training.ranking import Place, Trial, rank
 from freezeplan.training.trials import Comparison, Job, Photos, Watch, one_by_one
+from freezeplan.training.weights import blank
 
 RATES = (1e-3, 3e-4, 3e-3)
 """Base learning rates of the rounds of trials: all plans at the first one, then at the next."""

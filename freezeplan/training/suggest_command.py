@@ -15,7 +15,6 @@ import torch
 from freezeplan.atomic import whole_file
 from freezeplan.errors import OutputError
 from freezeplan.report import terminal
-from freezeplan.training.compare import blank
 from freezeplan.training.compare_command import TRIALS, Screen, cores, device_named, eval_transform, print_facts
 from freezeplan.training.photos import read_photos, split_each_class
 from freezeplan.training.settings import Device, Settings
@@ -23,7 +22,7 @@ from freezeplan.training.suggest import RATES, Budget, suggest
 from freezeplan.training.suggest_report import FILES, print_evidence, print_trials, write
 from freezeplan.training.trials import Comparison, Photos
 from freezeplan.training.voc import Photo, VocData, load_split
-from freezeplan.training.weights import build, default_image_size, weights_title
+from freezeplan.training.weights import blank, build, default_image_size, weights_title
 
 HELD = 0.3
 """Part of each class's training images that the trials are measured on."""
@@ -57,7 +56,7 @@ def suggest_plan(
     The validation images are never read, so that a training of the plan can be measured on them.
 
     Args:
-        model: A timm model name.
+        model: A timm model name, or ``package.module:function``.
         data: See ``read_photos``.
         weights: A file, ``random``, or None for timm's pretrained weights.
         data_dir: Where a data set of timm's is kept.

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from freezeplan.errors import ModelError, WeightsError
 from freezeplan.model.describer import describe, is_timm, title
-from freezeplan.model.source import load_model
+from freezeplan.model.source import is_function, load_model
 from freezeplan.proof.weights_file import read_state
+from freezeplan.training.image_config import image_config
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ class Base:
     """What is built for a model's name, and what of it comes from weights."""
 
     architecture: str
-    """timm's name of it."""
+    """timm's name of it, or ``package.module:function``."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Passed on to timm."""
+    """Passed on to timm or to the function."""
     below: str = ""
     """Module whose tensors alone come from weights; empty: all but the classifier."""
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -36,13 +37,26 @@ def default_image_size(name: str) -> int:
     """Return the width in pixels of the images that a model was trained on, as timm knows it. Downloads nothing.
 
     Raises:
-        ModelError: If timm has no such model.
+        ModelError: If there is no such model, or it is not timm's and holds none.
 
     Examples:
         >>> default_image_size("vgg16"), default_image_size("tf_efficientnet_lite1")
         (224, 240)
     """
-    return _native_size(_blueprint(name))
+    return _native_size(blank(name))
+
+
+def blank(name: str, classes: int | None = None) -> nn.Module:
+    """Return a model without values, on the meta device, for checking plans.
+
+    Args:
+        name: A timm model name, or ``package.module:function``.
+        classes: Number of classes; None: the model's own.
+
+    Raises:
+        ModelError: If there is no such model, or it cannot be built with this number of classes.
+    """
+    return load_model(name, num_classes=classes, meta=True)
 
 
 def build(
@@ -58,17 +72,20 @@ def build(
     """Build a model whose head depends on the seed only and whose other tensors come from ``weights``.
 
     The classifier is timm's ``reset_classifier``, and every other floating-point tensor must be in the weights, unless
-    ``base`` says otherwise.
-    A model made for one size, such as a ViT, takes its weights at that size and is then resampled to ``image_size``.
+    ``base`` says otherwise. A model made for one size, such as a ViT, takes its weights at that size and is then
+    resampled to ``image_size``.
+    A model of one's own is what its function returns: all that is in no timm model is its head, with the values that
+    the function gives it under the seed.
 
     The caller's random state is not touched.
 
     Args:
-        name: A timm model name.
+        name: A timm model name, or ``package.module:function``: called with ``num_classes``, it returns a model that
+            is timm's or holds one, and that gives logits.
         classes: Number of classes.
         image_size: Side of the square images in pixels.
         weights: A safetensors file, or a checkpoint (an average of weights in it goes first); ``random`` for none at
-            all; None for timm's pretrained weights.
+            all; None for timm's pretrained weights, or for what the function returns.
         seed: Seed of the initialisation.
         base: What is built; None: the model of this name.
         read: Reads a file of weights; None: ``read_weights``.
@@ -77,9 +94,10 @@ def build(
         The model on the CPU in train mode.
 
     Raises:
-        ModelError: If there is no such model, it has no classifier, or it does not take images of this size.
+        ModelError: If there is no such model, it has no classifier, it does not take images of this size, or it gives
+            no logits.
         WeightsError: If the weights are missing, damaged or another architecture's (the first tensor that differs is
-            named), or timm's cannot be downloaded.
+            named), timm's cannot be downloaded, or ``random`` was asked of a function.
 
     Examples:
         >>> one = build("test_resnet", classes=3, image_size=32, weights="random", seed=0)
@@ -88,39 +106,52 @@ def build(
         True
     """
     base = base or Base(name)
-    blueprint = _blueprint(base.architecture, num_classes=classes)
-    head = _head(blueprint)
-    resize = bool(blueprint.pretrained_cfg["fixed_input_size"]) and _native_size(blueprint) != image_size  # type: ignore[index]
-    resample = resize and hasattr(blueprint, "set_input_size")
-    size: dict[str, Any] = {"img_size": image_size} if resize and not resample else {}
+    own = is_function(base.architecture)
+    blueprint = blank(base.architecture, classes)
+    native, head = _native_size(blueprint), _head(blueprint)
+    fixed = is_timm(blueprint) and bool(image_config(blueprint)["fixed_input_size"]) and native != image_size
+    resample = fixed and hasattr(blueprint, "set_input_size")
+    size: dict[str, Any] = {"img_size": image_size} if fixed and not resample else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = load_model(base.architecture, {**size, **base.arguments}, num_classes=classes)
         # What timm gives whoever fine-tunes. The constructor's values can be of another kind: EfficientNet's start a
         # classifier of five classes at a loss of 13, from which five epochs do not recover.
-        model.reset_classifier(classes)  # type: ignore[operator]
-    if str(weights) != "random":
+        if hasattr(type(model), "reset_classifier"):
+            model.reset_classifier(classes)  # type: ignore[operator]
+    if own and str(weights) == "random":
+        raise WeightsError(
+            f"--weights random: the values of {name} are those that its function gives it",
+            notes=["leave --weights out, or give a file"],
+        )
+    if str(weights) != "random" and not (own and weights is None):
         from_file = _below(base.below) if base.below else _outside(head)
         state = pretrained_state(name) if weights is None else (read or read_weights)(Path(weights))
         load_into(model, state, from_file, origin=str(weights or weights_title(name, weights)))
         if base.config:
-            model.pretrained_cfg = {**model.pretrained_cfg, **base.config}  # type: ignore[dict-item, assignment]
+            model.pretrained_cfg = {**image_config(model), **base.config}  # type: ignore[assignment]
     if resample:
         try:
             model.set_input_size(img_size=image_size)  # type: ignore[operator]
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ModelError(f"{name} cannot take images of {image_size} x {image_size} pixels: {error}") from None
+    if own:
+        _check_logits(model, name, classes, image_size)
     return model
 
 
 def weights_title(name: str, weights: str | Path | None) -> str:
-    """Return what the weights are called in results: the file's name, ``random``, or timm's.
+    """Return what the weights are called in results: the file's name, ``random``, timm's, or the function's.
 
     Examples:
         >>> weights_title("vgg16", None), weights_title("vgg16", "runs/vgg.safetensors")
         ("timm's pretrained vgg16", 'vgg.safetensors')
+        >>> weights_title("models:two_towers", None)
+        'those that models:two_towers returns'
     """
-    return f"timm's pretrained {name}" if weights is None else Path(weights).name
+    if weights is not None:
+        return Path(weights).name
+    return f"those that {name} returns" if is_function(name) else f"timm's pretrained {name}"
 
 
 def pretrained_state(name: str) -> Mapping[str, Tensor]:
@@ -194,29 +225,41 @@ def _shape(tensor: Tensor | None) -> str:
     return "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
 
 
-def _blueprint(name: str, **arguments: Any) -> nn.Module:
-    model = load_model(name, arguments, meta=True)
-    if not is_timm(model):
-        notes = ["it takes the size of the images, their normalisation and the classifier from timm's configuration"]
-        raise ModelError(f"{name} is not a timm model, which the experiment needs", notes=notes)
-    return model
-
-
 def _native_size(model: nn.Module) -> int:
-    return int(model.pretrained_cfg["input_size"][-1])  # type: ignore[index]
+    return int(image_config(model)["input_size"][-1])
+
+
+def _check_logits(model: nn.Module, name: str, classes: int, image_size: int) -> None:
+    """Run two black images through a model of one's own, which is left in train mode."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            found = model(torch.zeros(2, 3, image_size, image_size))
+    except Exception as error:  # a model of one's own may raise anything
+        raise ModelError(
+            f"{name} cannot take images of {image_size} x {image_size} pixels: {type(error).__name__}: {error}",
+            notes=["its forward gets one tensor of images, (N, 3, S, S)"],
+        ) from error
+    model.train()
+    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if shape != (2, classes):
+        raise ModelError(
+            f"{name} gives {shape} for 2 images and {classes} classes, expected logits of shape (2, {classes})",
+            notes=[f"its function is called with num_classes={classes}"],
+        )
 
 
 def _head(model: nn.Module) -> frozenset[str]:
-    """Names of the modules that own the classifier's tensors."""
+    """Names of the modules that own the classifier's tensors; of a tensor that the model itself owns, its name."""
     description = describe(model)
     if "head" not in description.roles:
         raise ModelError(description.unknown["head"], notes=["the experiment trains a new classifier on the model"])
-    return frozenset(name.rpartition(".")[0] for name in description.roles["head"])
+    return frozenset(name.rpartition(".")[0] or name for name in description.roles["head"])
 
 
 def _below(module: str) -> Callable[[str], bool]:
     return lambda name: name.startswith(f"{module}.")
 
 
-def _outside(modules: frozenset[str]) -> Callable[[str], bool]:
-    return lambda name: not any(name.startswith(f"{module}.") for module in modules)
+def _outside(head: frozenset[str]) -> Callable[[str], bool]:
+    return lambda name: not any(name == part or name.startswith(f"{part}.") for part in head)

@@ -21,6 +21,7 @@ from freezeplan.errors import FreezePlanError, MissingExtraError
 from freezeplan.model.source import load_model
 from freezeplan.report import terminal
 from freezeplan.training.checkpoint import FOLDER, open_checkpoints
+from freezeplan.training.image_config import image_config
 from freezeplan.training.optimizers import CONSTANTS
 from freezeplan.training.pixels import MEAN, STD, normalisation
 from freezeplan.training.processes import beside, join
@@ -318,7 +319,7 @@ def fixed(model: str, weights: str | None, settings: Settings) -> dict[str, str]
         >>> found["loss"], found["normalisation"]
         ('softmax cross-entropy', 'RGB, less 0.485, 0.456, 0.406, by 0.229, 0.224, 0.225')
     """
-    config: Any = load_model(LECTURE.get(model, model), meta=True).pretrained_cfg
+    config: Any = image_config(load_model(LECTURE.get(model, model), meta=True))
     if weights is not None and Path(weights).suffix == ".npy":
         config = {"mean": MEAN, "std": STD}
     pixels = str(normalisation(config, settings.normalise))

@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 from freezeplan.cli import app
 from freezeplan.errors import DataError, FreezePlanError, PlanError
 from freezeplan.training import compare_command, trials
-from freezeplan.training.compare import blank, fit_to, hold_out, load_plans, read_trial
+from freezeplan.training.compare import fit_to, hold_out, load_plans, read_trial
 from freezeplan.training.compare_command import compare_plans
 from freezeplan.training.photos import read_photos
 from freezeplan.training.trials import Job, peak
+from freezeplan.training.weights import blank
 
 MODEL = "test_resnet"
 

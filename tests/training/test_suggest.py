@@ -23,7 +23,6 @@ from freezeplan.errors import DataError, FreezePlanError
 from freezeplan.model.describer import create_model, describe
 from freezeplan.training import suggest as rungs
 from freezeplan.training import suggest_command
-from freezeplan.training.compare import blank
 from freezeplan.training.compare_command import compare_plans
 from freezeplan.training.gradients import Pull, auto_rgn, fit_head, relative_gradient_norms, scored
 from freezeplan.training.photos import read_photos
@@ -34,6 +33,7 @@ from freezeplan.training.suggest import Budget, Evidence, candidates, decide, es
 from freezeplan.training.suggest_command import fewer, suggest_plan
 from freezeplan.training.suggest_report import carried
 from freezeplan.training.trials import Comparison, Job, Photos
+from freezeplan.training.weights import blank
 
 MODEL = "test_resnet"
 COLOURS = {"red": (200, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 200)}

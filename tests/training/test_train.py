@@ -242,8 +242,8 @@ def test_a_model_that_is_not_timms() -> None:
         start(model="torchvision.models:resnet18")
 
     assert str(caught.value) == (
-        "torchvision.models:resnet18 is not a timm model, which the experiment needs\n"
-        "  it takes the size of the images, their normalisation and the classifier from timm's configuration"
+        "ResNet is not a timm model and holds none, which the training needs\n"
+        "  it takes the size of the images and their normalisation from timm's configuration"
     )
 
 
