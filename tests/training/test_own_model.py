@@ -106,22 +106,20 @@ def test_a_model_that_holds_timms_is_trained_as_that_one_is(tmp_path, photos, mo
 def test_weights_fill_all_but_the_head_and_what_is_outside(models, weights, tmp_path):
     state = build(models("host"), classes=3, image_size=32, weights=None, seed=1).state_dict()
     inside = {name: tensor + 1 for name, tensor in state.items() if name.startswith("backbone.")}
-    save_file(inside, tmp_path / "backbone.safetensors")
+    file = tmp_path / "backbone.safetensors"
+    save_file(inside, file)
 
-    one = build(
-        models("host"), classes=3, image_size=32, weights=tmp_path / "backbone.safetensors", seed=1
-    ).state_dict()
-    two = build(
-        models("host"), classes=3, image_size=32, weights=tmp_path / "backbone.safetensors", seed=2
-    ).state_dict()
+    one, two = (
+        build(models("host"), classes=3, image_size=32, weights=file, seed=seed).state_dict() for seed in (1, 2)
+    )
 
     assert all(torch.equal(one[name], inside[name]) and torch.equal(two[name], inside[name]) for name in inside)
     assert torch.equal(one["classifier.weight"], state["classifier.weight"])
     assert not torch.equal(one["classifier.weight"], two["classifier.weight"])
     del inside["backbone.layer3.0.conv1.weight"]
-    save_file(inside, tmp_path / "backbone.safetensors")
+    save_file(inside, file)
     with pytest.raises(WeightsError, match=r"the first tensor that differs is backbone\.layer3\.0\.conv1\.weight"):
-        build(models("host"), classes=3, image_size=32, weights=tmp_path / "backbone.safetensors", seed=1)
+        build(models("host"), classes=3, image_size=32, weights=file, seed=1)
 
 
 def test_size_and_normalisation_are_those_of_the_model_inside(models):
@@ -160,7 +158,9 @@ def test_what_cannot_be_trained_is_refused(models, function, size, said):
 
 
 def test_random_weights_are_not_promised(models):
-    with pytest.raises(WeightsError, match="--weights random: the values of .*:host are those that its function gives"):
+    with pytest.raises(
+        WeightsError, match=r"--weights random: the values of .*:host are those that its function gives"
+    ):
         build(models("host"), classes=3, image_size=32, weights="random", seed=0)
     assert build(models("vit"), classes=3, image_size=48, weights=None, seed=0).training
 
