@@ -30,6 +30,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
+import vgg16_convs
 from PIL import Image, ImageFilter, ImageOps
 from timing import machine
 
@@ -111,10 +112,12 @@ def run(
         given: What was typed.
         known: A record of this setting, whose presets are not trained again; None: there is none.
     """
-    folder = Path(tempfile.mkdtemp())
+    folder, weights = Path(tempfile.mkdtemp()), given.weights
     photos = folder / name_of(data)
+    if weights and weights.endswith(".npy"):
+        weights = str(vgg16_convs.written(Path(weights), folder))
     shared: dict[str, Any] = {
-        "model": given.model, "data": str(photos), "weights": given.weights, "epochs": given.epochs,
+        "model": given.model, "data": str(photos), "weights": weights, "epochs": given.epochs,
         "image_size": given.image_size, "batch_size": given.batch_size, "threads": given.threads,
     }  # fmt: skip
     try:
@@ -236,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="+", help="folders or archives in VOC's layout, named NAME_voc.tar")
     parser.add_argument("--model", default="tf_efficientnet_lite0")
-    parser.add_argument("--weights", help="a file of weights; timm's pretrained ones if not given")
+    parser.add_argument("--weights", help="a file of weights, or vgg16_convs.npy; timm's pretrained ones if not given")
     parser.add_argument("--shift", action="append", choices=SHIFTS, help="may be given several times; by default all")
     parser.add_argument("--images", type=int, default=400, help="photos of each split, at most")
     parser.add_argument("--epochs", type=int, default=3)
