@@ -20,8 +20,8 @@ def image_config(model: nn.Module) -> Mapping[str, Any]:
 
     Examples:
         >>> from freezeplan.model import create_model
-        >>> backbone = create_model("test_resnet", meta=True)
-        >>> image_config(nn.ModuleDict({"backbone": backbone, "head": nn.Linear(8, 2)}))["mean"]
+        >>> backbone = create_model("resnet18", meta=True)
+        >>> image_config(nn.ModuleDict({"backbone": backbone, "head": nn.Linear(512, 2)}))["mean"]
         (0.485, 0.456, 0.406)
     """
     if own := config(model):

@@ -51,6 +51,7 @@ def test_the_images_are_not_run_again(model: nn.Module, data: TensorDataset, tmp
     assert [file.name for file in tmp_path.glob("a/*/*.safetensors")]
 
 
+@pytest.mark.slow
 def test_what_does_not_lead_there_is_left_aside(model: nn.Module, data: TensorDataset, tmp_path: Path) -> None:
     """Deeper features, those of other weights, and those of other images."""
     deep, _ = computed(model, "linear_probe", data, tmp_path)

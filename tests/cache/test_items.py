@@ -220,7 +220,7 @@ def test_a_phase_without_features_gives_all_images_of_an_item(tmp_path: Path) ->
     assert images.batch([1, 2]).shape == (2, 2, 3, 64, 64)
 
 
-@pytest.mark.parametrize("kind", ["own", "TimmWrapper"])
+@pytest.mark.parametrize("kind", [pytest.param("own", marks=pytest.mark.slow), "TimmWrapper"])
 @pytest.mark.filterwarnings("ignore")  # the package's own
 def test_transformers_trainer_trains_on_features(tmp_path: Path, kind: str) -> None:
     """The losses are those of the same training on images."""

@@ -100,7 +100,7 @@ def keeps_trains_and_reads_back(
 
 
 @pytest.mark.filterwarnings("ignore::freezeplan.FreezePlanWarning")
-@pytest.mark.parametrize("plan", ["linear_probe", "surgical_last"])
+@pytest.mark.parametrize("plan", ["linear_probe", pytest.param("surgical_last", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", QUICK)
 def test_models_keep_their_features(name, plan, device_that_rounds, tmp_path):
     keeps_trains_and_reads_back(name, tmp_path, plan)
@@ -173,7 +173,9 @@ CODES = {
 
 
 @pytest.mark.parametrize("code", CODES)
-@pytest.mark.parametrize("relative", [0.0, *ROUNDING.values()])
+@pytest.mark.parametrize(
+    "relative", [*(pytest.param(value, marks=pytest.mark.slow) for value in (0.0, ROUNDING["tf32"])), ROUNDING["bf16"]]
+)
 def test_what_depends_on_the_batch_or_on_chance_is_found(code, relative, monkeypatch):
     """As surely where rounding is larger than the dependence."""
     if relative:

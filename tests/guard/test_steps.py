@@ -186,6 +186,7 @@ def test_a_plan_collected_during_a_step_does_no_harm(model):
     assert len(_live) == before + 1
 
 
+@pytest.mark.slow
 def test_scaled_and_compiled_steps_say_nothing(model):
     """A GradScaler skips steps; a compiled step passes the guard by."""
     optimizer = torch.optim.SGD(apply_plan(model, PLAN, lr=0.1))

@@ -92,6 +92,7 @@ def test_the_command(tmp_path):
     assert found == json.loads(json.dumps(found))
 
 
+@pytest.mark.slow
 def test_what_is_frozen_behind_something_trained_is_said():
     """`surgical_first` trains the first stage: what is behind it runs, and only its weights' gradients are saved."""
     arguments = ["surgical_first", "test_resnet", "--image-size", "64", "--batch-size", "2"]

@@ -286,11 +286,11 @@ def test_killed_12_times(tmp_path, forked):
 
     One moment at random in each ninth, and one in each part of a run, however short it is beside the others.
     """
-    data = write_sample(tmp_path / "data", train=200, val=100)  # once, so that more of a run is training
+    data = write_sample(tmp_path / "data", train=120, val=60)  # once, so that more of a run is training
     given = {"data": data, "model": "vgg16_slim_fc256", "weights": str(weights_path()), "threads": 1, "workers": 1}
 
     def start(out):
-        more = {"epochs": 8, "out": out, "resume": True}
+        more = {"epochs": 6, "out": out, "resume": True}
         process = forked.Process(target=voc_vgg16, kwargs={**SMALL, **given, **more})
         process.start()
         return process

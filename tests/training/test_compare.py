@@ -62,6 +62,7 @@ def test_plans_are_ranked_with_their_best_rates(tmp_path, photos, capsys):
     assert "no validation split: 20% of each class, by seed 0" in out
 
 
+@pytest.mark.slow
 def test_every_plan_sees_the_same_images_in_the_same_order(tmp_path, photos):
     """The same plan under two names, so alone and beside others, gives the same digits."""
     plan = tmp_path / "again.yaml"
@@ -198,6 +199,7 @@ def test_the_worse_half_is_stopped(tmp_path, photos, capsys):
     assert not (tmp_path / "b" / "trials" / "unfinished").exists()
 
 
+@pytest.mark.slow
 def test_a_seed_that_fails_stops_no_other_seed(tmp_path, photos, monkeypatch):
     """What failed is told once, under the name of the whole trial; only what was behind is called stopped."""
     real, tried = trials.train_one, []
@@ -276,18 +278,6 @@ def test_the_largest_memory_is_measured_anew():
     assert (peak(torch.device("cpu")) or 1) > 0
 
 
-@pytest.mark.slow
-def test_ray_gives_the_same_digits_and_runs_a_killed_worker_again(tmp_path, photos, monkeypatch):
-    if importlib.util.find_spec("ray") is None:
-        pytest.skip("ray is not installed")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    here = compared(tmp_path / "a", photos, "linear_probe", "full", lr=[1e-3, 1e-2])
-
-    there = compared(tmp_path / "b", photos, "linear_probe", "full", lr=[1e-3, 1e-2], ray=True)
-
-    assert without_cost(there) == without_cost(here)
-
-
 def dying_once(mark: Path):
     """What a worker runs, killed the first time that ``full`` is trained; defined inside, it travels by value."""
 
@@ -306,16 +296,16 @@ def dying_once(mark: Path):
 
 
 @pytest.mark.slow
-def test_a_killed_ray_worker_is_run_again(tmp_path, photos, monkeypatch):
+def test_ray_gives_the_same_digits_and_runs_a_killed_worker_again(tmp_path, photos, monkeypatch):
     if importlib.util.find_spec("ray") is None:
         pytest.skip("ray is not installed")
     from freezeplan.training import on_ray
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    here = compared(tmp_path / "a", photos, "linear_probe", "full", lr=[1e-3])
+    here = compared(tmp_path / "a", photos, "linear_probe", "full", lr=[1e-3, 1e-2])
     monkeypatch.setattr(on_ray, "train_there", dying_once(tmp_path / "died"))
 
-    there = compared(tmp_path / "b", photos, "linear_probe", "full", lr=[1e-3], ray=True)
+    there = compared(tmp_path / "b", photos, "linear_probe", "full", lr=[1e-3, 1e-2], ray=True)
 
     assert (tmp_path / "died").exists()
     assert (there["code"], without_cost(there)) == (0, without_cost(here))

@@ -89,6 +89,7 @@ def test_a_function_that_returns_a_timm_model_gives_the_digits_of_its_name(tmp_p
     assert trials(tmp_path / "b", photos, model=models("whole"), **given) == named
 
 
+@pytest.mark.slow
 def test_a_model_that_holds_timms_is_trained_as_that_one_is(tmp_path, photos, models, weights, monkeypatch):
     """The same tensors, one level deeper; the new head has the same values where both are drawn alike."""
     given = {"plans": ["linear_probe", "surgical_last", "full"], "lr": [1e-2]}
@@ -130,6 +131,7 @@ def test_size_and_normalisation_are_those_of_the_model_inside(models):
     assert torch.equal(one(image), two(image))
 
 
+@pytest.mark.slow
 def test_suggest_finds_a_plan_for_it(tmp_path, photos, models):
     name, out = models("host"), tmp_path / "out"
     suggest_plan(**GIVEN, data=str(photos), model=name, out=out, cache_dir=tmp_path / "c", seed=0, budget=60)

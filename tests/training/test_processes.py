@@ -23,6 +23,7 @@ from freezeplan.training.settings import Settings
 from freezeplan.training.train import Epoch, Run, train_arm
 from freezeplan.training.voc import Split
 from freezeplan.voc_vgg16.arms import load_arms
+from freezeplan.voc_vgg16.sample import weights_path, write_sample
 from freezeplan.voc_vgg16.weights import build
 
 SETTINGS = Settings(epochs=3, batch_size=8, image_size=160, lr=1e-4, optimizer="rmsprop")
@@ -180,9 +181,11 @@ def children(process: int) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes by /proc")
 def test_torchrun_is_killed_and_goes_on(tmp_path: Path) -> None:
-    """The embedded sample, two processes; one is killed after an epoch, and --resume gives what a whole run does."""
+    """A part of the sample, two processes; one is killed after an epoch, and --resume gives what a whole run does."""
+    data, model = str(write_sample(tmp_path / "data", train=200, val=100)), ["--model", "vgg16_slim_fc256"]
     base = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "freezeplan"]
-    run = [*base, "run", "voc_vgg16", "--arm", "low_conv_lr", "--epochs", "5"]
+    given = ["--data", data, *model, "--weights", str(weights_path()), "--image-size", "64"]
+    run = [*base, "run", "voc_vgg16", *given, "--arm", "low_conv_lr", "--epochs", "5"]
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(Path(__file__).parents[2])}
 
     def start(out: Path, *more: str) -> subprocess.Popen[str]:

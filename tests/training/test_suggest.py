@@ -492,6 +492,7 @@ def without_cost(found: dict) -> list[dict]:
     return [{k: v for k, v in one.items() if k not in ("seconds", "peak_bytes")} for one in found["trials"]]
 
 
+@pytest.mark.slow
 def test_a_suggestion_goes_on_where_it_was(tmp_path, photos, whole, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(whole[0], out)
@@ -538,6 +539,7 @@ def test_fewer_images_are_of_every_class(photos):
     assert len(fewer(data, 4, seed=0).train) == 6
 
 
+@pytest.mark.slow
 def test_the_command_and_its_exit_codes(tmp_path, photos):
     words = f"suggest --model {MODEL} --weights random --data {photos} --image-size 32 --epochs 1 --budget 1ms"
     given = [*words.split(), "--out", str(tmp_path / "out"), "--threads", "1"]

@@ -551,7 +551,7 @@ gradient as they were in memory."""
     [
         {"augment": "crop-flip"},
         {"amp": "bf16", "image_size": HALF},
-        {"amp": "fp16", "image_size": HALF},
+        pytest.param({"amp": "fp16", "image_size": HALF}, marks=pytest.mark.slow),
         {"optimizer": "adamw"},
     ],
 )

@@ -83,6 +83,7 @@ def test_runs_of_other_arms_and_seeds_are_merged() -> None:
     assert found == {key: value for key, value in whole.items() if key not in ("versions", "asked")}
 
 
+@pytest.mark.slow
 def test_what_differs_between_merged_runs_is_told_apart() -> None:
     first, second = (results({"same_lr": RESULTS["same_lr"][seed : seed + 1]}) for seed in (0, 1))
     second["versions"] = {**second["versions"], "torch": "9.8.7"}
@@ -162,6 +163,7 @@ def test_the_page_is_alone_and_names_are_escaped() -> None:
     assert "\N{MINUS SIGN}50.0" not in page
 
 
+@pytest.mark.slow
 def test_precision_is_the_mean_over_seeds_and_the_gallery_counts_the_rest() -> None:
     one, two = RESULTS["same_lr"]
     better = replace(two, val=replace(two.val, average_precision=(1.0, 0.25, None)))

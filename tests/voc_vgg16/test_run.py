@@ -175,6 +175,7 @@ def test_mistakes_are_found_before_anything_is_trained(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_results_are_not_overwritten_by_accident(voc: Path, tmp_path: Path) -> None:
     voc_vgg16(data=voc, out=tmp_path, arm=["frozen_convs"], **QUICK)
 
@@ -330,6 +331,7 @@ def test_what_kept_features_spared_is_printed_on_a_terminal_too(terminal: bool) 
     )
 
 
+@pytest.mark.slow
 def test_errors_are_measured_under_both_rules_and_any(voc: Path, tmp_path: Path) -> None:
     """The first validation image shows a small object first and a large one of another class behind it."""
     data = read_voc(voc)
@@ -493,6 +495,7 @@ def test_photos_with_several_objects(tmp_path: Path) -> None:
     assert arm["any_error"] <= arm["top1_error"]
 
 
+@pytest.mark.slow
 def test_without_data_the_sample_is_run_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
