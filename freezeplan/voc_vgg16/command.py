@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from freezeplan.errors import FreezePlanError, MissingExtraError
-from freezeplan.model.source import load_model
+from freezeplan.model.source import is_function, load_model
 from freezeplan.report import terminal
 from freezeplan.training.checkpoint import FOLDER, open_checkpoints
 from freezeplan.training.image_config import image_config
@@ -194,6 +194,9 @@ def voc_vgg16(
             data = fetch(VOC2012, data or default_folder(), url=url, progress=progress)
     sample = data is None
     model = model or (SAMPLE_MODEL if sample else MODEL)
+    if is_function(model):  # the report is made of results.json, and runs nothing that a file names
+        notes = ["freezeplan compare takes a model of your own"]
+        raise FreezePlanError(f"--model: expected the name of a timm model, found {model!r}", notes=notes)
     if sample and model == SAMPLE_MODEL and weights is None:
         weights = str(weights_path())
     options: dict[str, Any] = {

@@ -153,6 +153,7 @@ def test_narrow_screens_and_no_colour(
         ({"lr": 0.0}, FreezePlanError, "--lr is a number above 0, found 0"),
         ({"clip": float("nan")}, FreezePlanError, "--clip is a number above 0, found nan"),
         ({"cache_limit": "much"}, FreezePlanError, "--cache-limit is a size above 0, found 'much'"),
+        ({"model": "a:b"}, FreezePlanError, "--model: expected the name of a timm model, found 'a:b'"),
         ({"flatten": "hwc"}, FreezePlanError, "--flatten: test_resnet flattens nothing"),
         ({"device": "cuda"}, FreezePlanError, "--device cuda: torch finds no CUDA device"),
     ],
