@@ -338,7 +338,7 @@ TO_DO = {
     "model that is not timm's, select by `match` and `type`.",
     "ApplyError": "The sentence names the argument or the call that is missing: `lr=`, `scheduler=`, `attach`, "
     "`replace=True`, `rewrap=`. Or it names what other code changed in the model since ([faults](proof.md)).",
-    "DataError": "Give a VOCdevkit folder or a tar of one. Unpack or download a damaged file again.",
+    "DataError": "Give a folder of photos, or a tar of one. Unpack or download a damaged file again.",
     "WeightsError": "Give weights of this architecture, or those that the plan was applied to. The error names the "
     "first tensor that differs.",
     "OutputError": "Create the folder, give another one, or remove the file that blocks it.",

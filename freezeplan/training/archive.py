@@ -89,7 +89,7 @@ def open_files(path: Path, mark: str) -> Files:
 
 def _open_archive(path: Path) -> tuple[dict[str, tuple[int, int]], IO[bytes]]:
     if not path.is_file():
-        raise DataError("no such file or folder", where=str(path), notes=["give a VOCdevkit folder or a tar of one"])
+        raise DataError("no such file or folder", where=str(path), notes=["give a folder, or a tar of one"])
     handle = _open_tar(path)
     try:
         return dict(_index(path, handle)), handle

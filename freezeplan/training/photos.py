@@ -119,9 +119,14 @@ def _of_folders(files: Files, seed: int) -> VocData:
     train, val = (next((name for name in wanted if name in top), None) for wanted in (TRAIN, VAL))
     loose = [name for name, parts in below.items() if len(parts) < (3 if train else 2)]
     if loose or (len(top) < 2 and not train):
-        found = f"{len(loose)} images lie outside a class folder, the first is {loose[0]}" if loose else ""
         notes = ["one folder a class: photos/rose/1.jpg; or train/rose/1.jpg and val/rose/2.jpg"]
-        raise DataError(found or "all images are in one folder, and a class is a folder", where=where, notes=notes)
+        if not loose or (len(loose) == len(images) and shared.parts):
+            found = f"all images are in one folder, {str(shared)!r}, and a class is a folder; two classes or more"
+        elif len(loose) == 1:
+            found = f"an image lies outside a class folder: {loose[0]}"
+        else:
+            found = f"{len(loose)} images lie outside a class folder, the first is {loose[0]}"
+        raise DataError(found, where=where, notes=notes)
     if train is None:
         return _whole(files, [_photo(name, parts[0]) for name, parts in below.items()], seed)
     splits = [[_photo(n, parts[1]) for n, parts in below.items() if parts[0] == split] for split in (train, val)]

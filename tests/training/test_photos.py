@@ -142,8 +142,16 @@ BAD = {
     "nothing": ((), "no image is in it", "found no file"),
     "texts": (("rose/1.txt", "tulip/2.txt"), "no image is in it", "found 2 .txt"),
     "flat": (("1.jpg", "2.jpg"), "2 images lie outside a class folder, the first is 1.jpg", "one folder a class"),
-    "stray": (("rose/1.jpg", "tulip/1.jpg", "3.jpg"), "1 images lie outside a class folder, the first is 3.jpg", ""),
-    "one folder": (("rose/1.jpg", "rose/2.jpg"), "2 images lie outside a class folder", "one folder a class"),
+    "stray": (("rose/1.jpg", "tulip/1.jpg", "3.jpg"), "an image lies outside a class folder: 3.jpg", ""),
+    "one folder": (
+        ("rose/1.jpg", "rose/2.jpg"),
+        "all images are in one folder, 'rose', and a class is a folder; two",
+        "one folder a",
+    ),
+        ("rose/1.jpg", "rose/2.jpg"),
+        "all images are in one folder, 'rose', and a class is a folder; two",
+        "one folder a",
+    ),
     "one class": (("train/rose/1.jpg", "val/rose/2.jpg"), "one class alone, 'rose'; two classes or more", ""),
     "one image a class": (
         ("rose/1.jpg", "tulip/1.jpg"),

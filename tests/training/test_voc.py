@@ -265,7 +265,7 @@ def test_a_path_to_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_voc(path)
 
-    assert str(caught.value) == f"{path}: no such file or folder\n  give a VOCdevkit folder or a tar of one"
+    assert str(caught.value) == f"{path}: no such file or folder\n  give a folder, or a tar of one"
 
 
 @pytest.mark.parametrize("tar", [False, True], ids=["folder", "tar"])
