@@ -148,10 +148,6 @@ BAD = {
         "all images are in one folder, 'rose', and a class is a folder; two",
         "one folder a",
     ),
-        ("rose/1.jpg", "rose/2.jpg"),
-        "all images are in one folder, 'rose', and a class is a folder; two",
-        "one folder a",
-    ),
     "one class": (("train/rose/1.jpg", "val/rose/2.jpg"), "one class alone, 'rose'; two classes or more", ""),
     "one image a class": (
         ("rose/1.jpg", "tulip/1.jpg"),
