@@ -224,16 +224,11 @@ def show(records: Sequence[Mapping[str, Any]]) -> None:
         name = f"{record['data']}, {record['shift']}"
         print(f"| {name} | {record['seed']} | {' | '.join(cells)} | {plan} | {own:.1f} | {time_of} |")
     print()
-    names = (
-        "choice",
-        "settings",
-        "mean regret, points",
-        "deviation",
-        "worst",
-        "best or as good",
-        "mean share of the cost",
+    print(
+        "| choice | settings | mean regret, points | deviation | worst | best or as good | mean share of the cost ",
+        end="",
     )
-    print(f"| {' | '.join(names)} | suggest's regret less its |")
+    print("| suggest's regret less its |")
     print("|---|---|---|---|---|---|---|---|")
     chosen = choices(records)
     ours = [regret for regret, _ in chosen["suggest"]]

@@ -173,9 +173,7 @@ CODES = {
 
 
 @pytest.mark.parametrize("code", CODES)
-@pytest.mark.parametrize(
-    "relative", [*(pytest.param(value, marks=pytest.mark.slow) for value in (0.0, ROUNDING["tf32"])), ROUNDING["bf16"]]
-)
+@pytest.mark.parametrize("relative", [0.0, *ROUNDING.values()])
 def test_what_depends_on_the_batch_or_on_chance_is_found(code, relative, monkeypatch):
     """As surely where rounding is larger than the dependence."""
     if relative:
@@ -299,7 +297,9 @@ def rounded_by_format(function, relative: float):
 
 
 @pytest.mark.filterwarnings("ignore::freezeplan.FreezePlanWarning")
-@pytest.mark.parametrize("relative", [0.0, *ROUNDING.values()])
+@pytest.mark.parametrize(
+    "relative", [*(pytest.param(value, marks=pytest.mark.slow) for value in (0.0, ROUNDING["tf32"])), ROUNDING["bf16"]]
+)
 @pytest.mark.parametrize(
     "name",
     [
