@@ -21,12 +21,12 @@ from torch import Tensor
 from freezeplan import Plan
 from freezeplan.atomic import whole_file
 from freezeplan.errors import FreezePlanError, OutputError
+from freezeplan.model.image_config import image_config
 from freezeplan.report import terminal
 from freezeplan.training.checkpoint import check_same_run, read_facts
 from freezeplan.training.compare import RATES, compare, decode_photos, fit_to, least_frozen_first, load_plans
 from freezeplan.training.compare_report import FILES, percent, print_ranking, write
 from freezeplan.training.halving import compare_by_halves, said
-from freezeplan.training.image_config import image_config
 from freezeplan.training.on_ray import on_ray
 from freezeplan.training.photos import read_photos
 from freezeplan.training.ranking import Trial, rank

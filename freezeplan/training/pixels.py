@@ -10,7 +10,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from freezeplan.training.image_config import image_config
+from freezeplan.model.image_config import image_config
 from freezeplan.training.settings import Augment, Normalise
 from freezeplan.training.voc import Split
 

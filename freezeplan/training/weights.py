@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from freezeplan.errors import ModelError, WeightsError
 from freezeplan.model.describer import describe, is_timm, title
+from freezeplan.model.image_config import image_config
 from freezeplan.model.source import is_function, load_model
 from freezeplan.proof.weights_file import read_state
-from freezeplan.training.image_config import image_config
 
 
 @dataclass(frozen=True)

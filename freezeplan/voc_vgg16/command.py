@@ -18,10 +18,10 @@ import torch
 from rich.console import Console
 
 from freezeplan.errors import FreezePlanError, MissingExtraError
+from freezeplan.model.image_config import image_config
 from freezeplan.model.source import is_function, load_model
 from freezeplan.report import terminal
 from freezeplan.training.checkpoint import FOLDER, open_checkpoints
-from freezeplan.training.image_config import image_config
 from freezeplan.training.optimizers import CONSTANTS
 from freezeplan.training.pixels import MEAN, STD, normalisation
 from freezeplan.training.processes import beside, join
