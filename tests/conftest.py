@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from pathlib import Path
@@ -15,11 +16,31 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes: a thread each, or 
     os.environ["OMP_NUM_THREADS"] = "1"
 
 settings.register_profile("freezeplan", deadline=None, derandomize=True, max_examples=60)
-settings.load_profile("freezeplan")
+settings.register_profile("quick", settings.get_profile("freezeplan"), max_examples=15)
 
 
 def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="write the golden files anew; review them as text")
+
+
+SECONDS_TO_IMPORT = ("huggingface", "lightning", "hosts", "hosts_processes")
+"""Ends of the names of files that import packages which take seconds to import; their tests are slow."""
+
+
+class WithoutSlowTests:
+    """What ``-m "not slow"`` does besides: packages that take seconds to import are not imported."""
+
+    def pytest_ignore_collect(self, collection_path):
+        heavy = collection_path.parent.name == "integrations" and collection_path.stem.endswith(SECONDS_TO_IMPORT)
+        return True if heavy else None
+
+
+def pytest_configure(config):
+    """A plugin of its own, as the hooks of this file see no other folder than this one; and fewer examples."""
+    quick = config.option.markexpr == "not slow"
+    settings.load_profile("quick" if quick else "freezeplan")
+    if quick:
+        config.pluginmanager.register(WithoutSlowTests())
 
 
 def pytest_collection_modifyitems(config, items):
@@ -30,6 +51,12 @@ def pytest_collection_modifyitems(config, items):
     if left:
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if not item.get_closest_marker("contained")]
+
+
+def pytest_collection_finish():
+    """What the imports made lives as long as the process: the garbage collector need not walk it in each test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -134,7 +134,9 @@ LIGHT = [
 ]
 
 
-@pytest.mark.parametrize("statement", LIGHT)
+@pytest.mark.parametrize(
+    "statement", [*LIGHT[:2], *(pytest.param(statement, marks=pytest.mark.slow) for statement in LIGHT[2:])]
+)
 def test_reading_and_resolving_plans_needs_nothing_heavy(statement):
     """Plans are read, checked and resolved without torch, timm or rich."""
     assert heavy_imports(statement) == []

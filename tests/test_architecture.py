@@ -41,7 +41,13 @@ TURNED = [
 ]
 
 
-@pytest.mark.parametrize(("file", "line", "importer", "imported"), TURNED, ids=[turned[0] for turned in TURNED])
+@pytest.mark.parametrize(
+    ("file", "line", "importer", "imported"),
+    [
+        pytest.param(*turned, id=turned[0], marks=[pytest.mark.slow] if turned in TURNED[3:] else [])
+        for turned in TURNED
+    ],
+)
 def test_an_import_that_is_turned_round_is_found(file: str, line: str, importer: str, imported: str, tmp_path: Path):
     shutil.copytree(PACKAGE, tmp_path / "freezeplan", ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

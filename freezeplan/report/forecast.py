@@ -138,11 +138,11 @@ def forecast(create: Callable[[], nn.Module], plan: PlanLike, *, image_size: int
 
     Examples:
         >>> from freezeplan.model import create_model
-        >>> found = forecast(lambda: create_model("resnet50", meta=True), "linear_probe", image_size=224, batch_size=8)
+        >>> found = forecast(lambda: create_model("resnet18", meta=True), "linear_probe", image_size=224, batch_size=8)
         >>> found.cost.trained, found.cost.gradient_bytes, found.prefix.bytes
-        (2049000, 8196000, 8192)
+        (513000, 2052000, 2048)
         >>> round(found.ratio, 2), round(found.full.backward_flops / found.full.forward_flops, 2)
-        (0.34, 1.97)
+        (0.34, 1.93)
     """
     loaded = load_plan(plan)
     model = create()

@@ -38,7 +38,7 @@ def computed(model: nn.Module, plan: str, data: TensorDataset, folder: Path, **o
     return features, sum(size for size in seen if size == BATCH)
 
 
-@pytest.mark.parametrize("keep", ["device", "disk"])
+@pytest.mark.parametrize("keep", ["device", pytest.param("disk", marks=pytest.mark.slow)])
 def test_the_images_are_not_run_again(model: nn.Module, data: TensorDataset, tmp_path: Path, keep: str) -> None:
     shallow, first = computed(model, "surgical_last", data, tmp_path / "a", keep=keep)
     deep, second = computed(model, "linear_probe", data, tmp_path / "a", keep=keep, after=shallow.cut)

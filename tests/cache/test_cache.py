@@ -95,9 +95,9 @@ def trained(live):
     ("change", "dataset", "computed"),
     [
         pytest.param(one_bit, data(), 10, id="one-bit-of-a-weight"),
-        pytest.param(running_mean, data(), 10, id="a-statistic"),
-        pytest.param(lambda live: None, data(size=72), 10, id="another-size"),
-        pytest.param(lambda live: None, data(seed=1), 10, id="other-images"),
+        pytest.param(running_mean, data(), 10, id="a-statistic", marks=pytest.mark.slow),
+        pytest.param(lambda live: None, data(size=72), 10, id="another-size", marks=pytest.mark.slow),
+        pytest.param(lambda live: None, data(seed=1), 10, id="other-images", marks=pytest.mark.slow),
         pytest.param(trained, data(), 0, id="what-is-trained-does-not-count"),
         pytest.param(lambda live: None, data(12), 4, id="two-more-images-touch-the-last-shard"),
     ],
@@ -235,7 +235,7 @@ def test_augmentation_that_no_seed_reaches_is_refused(live, tmp_path, views, mes
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("source", ["torch", "python"])
+@pytest.mark.parametrize("source", ["torch", pytest.param("python", marks=pytest.mark.slow)])
 def test_views_are_drawn_once_from_a_seed(live, tmp_path, source):
     """K versions of each image, the same in every run; an item is one of them; random states stay the caller's."""
     state, python = torch.random.get_rng_state(), random.getstate()
@@ -252,6 +252,7 @@ def test_views_are_drawn_once_from_a_seed(live, tmp_path, source):
     assert drawn == {tuple(view.tolist()) for view in views}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("bfloat16", 2e-2)])
 def test_half_the_room(live, tmp_path, dtype, tolerance):
     """Two bytes a number, and the error that they cost."""
@@ -276,6 +277,7 @@ def test_what_a_data_type_cannot_hold_is_refused(live, tmp_path):
     assert not list(tmp_path.glob("*/*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_bound_on_size_is_kept(live, tmp_path):
     """Before it is exceeded, with what is needed and what is there."""
     with pytest.raises(FreezePlanError) as small:
@@ -398,6 +400,7 @@ class Files(Dataset):
         return transforms.functional.to_tensor(Image.open(self.files[index])), index
 
 
+@pytest.mark.slow
 def test_one_changed_file_costs_its_shard(live, tmp_path):
     """Of twelve in three shards; a name or a date of change decides nothing."""
     (tmp_path / "images").mkdir()
@@ -529,6 +532,7 @@ def test_caching_changes_nothing(live, tmp_path):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_features_are_computed_channels_last(live, tmp_path):
     """The convolutions lie so only meanwhile, and the features are those of the plain pass."""
     weights = [module.weight for module in live.model.modules() if isinstance(module, torch.nn.Conv2d)]
@@ -618,7 +622,9 @@ def test_a_folder_that_cannot_be_used_is_named(live, tmp_path, below):
     assert (listed.exit_code, store.entries(where)) == (0, ())
 
 
-@pytest.mark.parametrize("about", ["", "{}", "[]", "{", '{"model": 1}', "\udcff"])
+@pytest.mark.parametrize(
+    "about", ["", "{", *(pytest.param(text, marks=pytest.mark.slow) for text in ("{}", "[]", '{"model": 1}', "\udcff"))]
+)
 def test_what_an_entry_says_of_itself_may_be_damaged(live, tmp_path, about):
     """It is left out of the list, its shards are used, and it is written anew."""
     live.cached(data(), tmp_path)
@@ -634,6 +640,7 @@ def test_what_an_entry_says_of_itself_may_be_damaged(live, tmp_path, about):
     assert len(store.entries(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_an_entry_may_go_while_it_is_written(live, tmp_path):
     """As by ``freezeplan cache rm`` in another process: what comes after is kept, and listed."""
     gone = []
@@ -669,6 +676,7 @@ def test_a_full_disk_is_an_error_of_the_folder(live, tmp_path, monkeypatch):
     assert str(error.value).startswith(f"{tmp_path}: features cannot be kept there: No space left on device\n")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_removed_is_named(live, tmp_path, monkeypatch):
     """An entry that another process removes at the same time is no error, one that the system protects is."""
     live.cached(data(), tmp_path)
@@ -689,6 +697,7 @@ def test_what_cannot_be_removed_is_named(live, tmp_path, monkeypatch):
     assert store.remove(tmp_path, [entry.key]) == entry.bytes
 
 
+@pytest.mark.slow
 def test_what_killed_processes_left_goes_with_the_next_write(live, tmp_path):
     """The one who writes the shard again writes over a half-written one."""
     live.cached(data(), tmp_path)

@@ -49,7 +49,7 @@ def model() -> nn.Module:
     return Named()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_rest_of_an_item_keeps_its_keys(model: nn.Module, tmp_path: Path, workers: int) -> None:
     applied = apply_plan(model, "linear_probe")
     features, _ = applied.cached(Mappings(), tmp_path, batch_size=2, workers=workers)
@@ -156,6 +156,7 @@ def trained_on(run: nn.Module, applied: Any, batches: Any) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapping", [True, False], ids=["mappings", "tuples"])
 def test_several_images_of_an_item_are_cached(tmp_path: Path, mapping: bool) -> None:
     """The losses are those of a training on images, and each pair is computed once."""
@@ -185,6 +186,7 @@ def test_several_images_of_an_item_are_cached(tmp_path: Path, mapping: bool) -> 
     assert again.computed == 0
 
 
+@pytest.mark.slow
 def test_one_tower_is_cached_and_the_other_reads_images(tmp_path: Path) -> None:
     data, image = pairs(mapping=False)
     rules = [{"match": "backbone", "frozen": True}, {"match": ".*", "lr_mult": 1}]
@@ -220,6 +222,7 @@ def test_a_phase_without_features_gives_all_images_of_an_item(tmp_path: Path) ->
     assert images.batch([1, 2]).shape == (2, 2, 3, 64, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("own", marks=pytest.mark.slow), "TimmWrapper"])
 @pytest.mark.filterwarnings("ignore")  # the package's own
 def test_transformers_trainer_trains_on_features(tmp_path: Path, kind: str) -> None:

@@ -43,8 +43,8 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(fill, "SHARD_BYTES", 4 * 64 * 64 * 3 * 4)
 
 
-@pytest.mark.parametrize("keep", ["device", "host", "disk"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("keep", ["device", pytest.param("host", marks=pytest.mark.slow), "disk"])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_every_place_gives_the_same_features(live, tmp_path, keep, workers):
     """Bit by bit: computed, found, as items, as batches, through a loader and its processes, and pickled."""
     expected = live.cached(data(), tmp_path / "expected", batch_size=2)[0].batch(range(10))
@@ -204,7 +204,7 @@ class Normalise(nn.Module):
         return images.float() / 255 - self.mean
 
 
-@pytest.mark.parametrize("keep", ["device", "disk"])
+@pytest.mark.parametrize("keep", ["device", pytest.param("disk", marks=pytest.mark.slow)])
 def test_bytes_are_hashed_and_prepared_on_the_device(live, tmp_path, keep, monkeypatch):
     """The features are those of prepared images; another preparation is another file; only bytes are hashed."""
     hashed, digest = [], reader.digest
@@ -283,7 +283,9 @@ def test_images_of_several_sizes_are_named(live, tmp_path, second):
     )
 
 
-@pytest.mark.parametrize("prepare", [None, Normalise()], ids=["floats", "bytes"])
+@pytest.mark.parametrize(
+    "prepare", [pytest.param(None, id="floats"), pytest.param(Normalise(), id="bytes", marks=pytest.mark.slow)]
+)
 def test_one_loop_trains_every_phase(tmp_path, prepare):
     """Features where there are some, images where there are none; the loss is that of a loop on images."""
     dataset = data() if prepare is None else raw()

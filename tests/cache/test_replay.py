@@ -61,8 +61,15 @@ def assert_same(model, prefix, rest, batch):
     return exact
 
 
-@pytest.mark.parametrize("plan", ["linear_probe", "surgical_last", "frozen_stages_2"])
-@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_efficientnet", "test_vit", "test_byobnet"])
+QUICK = {("test_resnet", "linear_probe"), ("test_resnet", "frozen_stages_2"), ("test_vit", "surgical_last")}
+CASES = [
+    pytest.param(name, plan, marks=() if (name, plan) in QUICK else pytest.mark.slow)
+    for name in ("test_resnet", "test_convnext", "test_efficientnet", "test_vit", "test_byobnet")
+    for plan in ("linear_probe", "surgical_last", "frozen_stages_2")
+]
+
+
+@pytest.mark.parametrize(("name", "plan"), CASES)
 def test_answers_and_gradients_are_those_of_the_plain_pass(name, plan):
     """In train and in eval mode, over more images than were watched."""
     torch.manual_seed(0)
@@ -171,6 +178,7 @@ def test_modes_devices_and_copies_go_through():
     assert model.conv1[0].weight.dtype is torch.float64
 
 
+@pytest.mark.slow
 def test_training_on_features_trains_the_model():
     """Three epochs with momentum give the loss curve of the plain loop, and the same weights."""
     batch, labels = images(64, 8), torch.arange(8) % 3

@@ -54,7 +54,7 @@ def rounded(function, relative: float):
     return patched
 
 
-@pytest.fixture(params=ROUNDING)
+@pytest.fixture(params=["tf32", pytest.param("bf16", marks=pytest.mark.slow)])
 def device_that_rounds(request, monkeypatch):
     """The relative change of every product."""
     relative = ROUNDING[request.param]
@@ -101,7 +101,7 @@ def keeps_trains_and_reads_back(
 
 @pytest.mark.filterwarnings("ignore::freezeplan.FreezePlanWarning")
 @pytest.mark.parametrize("plan", ["linear_probe", pytest.param("surgical_last", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", [*QUICK[:1], *(pytest.param(name, marks=pytest.mark.slow) for name in QUICK[1:])])
 def test_models_keep_their_features(name, plan, device_that_rounds, tmp_path):
     keeps_trains_and_reads_back(name, tmp_path, plan)
 
@@ -201,7 +201,9 @@ def test_batch_norm_in_train_in_the_frozen_part_is_found(relative, monkeypatch):
     assert "batch norm in train, whose answer depends on the batch" in prefix.reasons.values()
 
 
-@pytest.mark.parametrize("relative", [0.0, *ROUNDING.values()])
+@pytest.mark.parametrize(
+    "relative", [0.0, *(pytest.param(value, marks=pytest.mark.slow) for value in ROUNDING.values())]
+)
 @pytest.mark.filterwarnings("ignore::freezeplan.FreezePlanWarning")
 def test_one_changed_bit_of_what_is_stored_is_found(relative, monkeypatch, tmp_path):
     """In the first batch, whose rows are computed once more: the last digit of one feature."""
@@ -296,17 +298,10 @@ def rounded_by_format(function, relative: float):
     return patched
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::freezeplan.FreezePlanWarning")
-@pytest.mark.parametrize(
-    "relative", [*(pytest.param(value, marks=pytest.mark.slow) for value in (0.0, ROUNDING["tf32"])), ROUNDING["bf16"]]
-)
-@pytest.mark.parametrize(
-    "name",
-    [
-        "test_resnet",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("test_convnext", "mobilenetv3_small_050")),
-    ],
-)
+@pytest.mark.parametrize("relative", [0.0, *ROUNDING.values()])
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "mobilenetv3_small_050"])
 def test_features_of_a_phase_that_freezes_more_are_those_of_its_images(name, relative, monkeypatch, tmp_path):
     """Old features are continued where that is the same to the bit; else all are computed from images, with no error.
 

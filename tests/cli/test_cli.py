@@ -362,7 +362,7 @@ COMPLETED = [
 ]
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize("shell", ["bash", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zsh", "fish"))])
 @pytest.mark.parametrize(("line", "expected"), COMPLETED)
 def test_a_shell_completes_names(press_tab, monkeypatch, tmp_path, shell, line, expected):
     """Plans, files, models, arms, parameters and keys; nothing, and no error, where there is nothing to be had."""

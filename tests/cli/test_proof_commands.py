@@ -209,7 +209,7 @@ def checkpoint(key):
 
 
 @pytest.mark.parametrize("key", ["", "state_dict", "model", "model_state_dict", "module"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
+@pytest.mark.parametrize("prefix", ["", pytest.param("module.", marks=pytest.mark.slow), "_orig_mod.module."])
 def test_checkpoints_and_wrapped_names_are_read(run, model, before, tmp_path, key, prefix):
     """A checkpoint may hold the tensors itself or under a usual key, with the names of wrappers."""
     path = tmp_path / "after.pt"

@@ -32,7 +32,7 @@ SCRIPT = Path(__file__).parents[1] / "pages" / "train.py"
 """What the patches of a page are for."""
 SLOW = {
     "docs/trainers/accelerate.md", "docs/trainers/huggingface.md", "docs/trainers/lightning.md",
-    "docs/trainers/torchvision.md", "docs/recipes.md", "docs/errors.md",
+    "docs/trainers/torchvision.md", "docs/recipes.md", "docs/errors.md", "docs/tutorial.md",
 }  # fmt: skip
 APART = {"README.md", "docs/recipes.md"}
 """Pages whose sections stand alone: each begins with new names."""

@@ -44,7 +44,9 @@ def looks(file):
     return [part.text for part in parts if part.tag.endswith("}text")], fills
 
 
-@pytest.mark.parametrize("name", PAGES.PICTURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "low_conv_lr" else pytest.mark.slow) for name in PAGES.PICTURES]
+)
 def test_a_picture_is_up_to_date(name, tmp_path):
     PAGES.draw(name, tmp_path / "again.svg")
 

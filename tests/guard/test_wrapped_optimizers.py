@@ -148,6 +148,8 @@ WRAPPED = {
     "lightning": (lightning, plainly),
     "lookahead-in-plain": (lambda live: Plain(timm.optim.Lookahead(sgd(live), k=100)), plainly),
 }
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name == "lightning" else ()) for name in WRAPPED]
+"""Lightning takes seconds to import."""
 
 
 def toy():
@@ -159,7 +161,7 @@ def toy():
 
 
 @pytest.mark.parametrize("guard", [True, False], ids=["guard", "no-guard"])
-@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize("name", NAMES)
 def test_each_parameter_moves_as_far_as_the_plan_says(name, guard):
     """Constant gradient, a falling rate: in every step the second layer moves a tenth of what the first moves."""
     make, step = WRAPPED[name]
@@ -190,7 +192,7 @@ SCHEDULERS = {
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # Lookahead and SAM wrap what torch counts
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize("name", NAMES)
 def test_schedulers_keep_the_ratio(name, scheduler):
     """One floor and one peak for all groups: without the plan's multiplier inside the step all would move alike."""
     make, step = WRAPPED[name]
@@ -215,6 +217,7 @@ def test_schedulers_keep_the_ratio(name, scheduler):
     live.check(optimizer)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_keeps_the_ratio():
     model = toy()
     live = apply_plan(model, PLAN, scheduler="any")

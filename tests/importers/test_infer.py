@@ -85,19 +85,26 @@ def layer_decay(m: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(param_groups_layer_decay(m, 0.05, listed, layer_decay=0.65), lr=1e-3)
 
 
+VIT_BLOCKS = ("patch", "pos", "cls", "blocks.0.", "blocks.1.")
+slow = pytest.mark.slow
 CASES = [
     pytest.param("test_resnet", only("fc."), None, 2, id="linear-probe"),
-    pytest.param("vgg11", only("pre_logits", "head"), None, 2, id="vgg-frozen-convolutions"),
+    pytest.param("vgg11", only("pre_logits", "head"), None, 2, id="vgg-frozen-convolutions", marks=slow),
     pytest.param("test_vit", only("bias", "head"), None, 2, id="bitfit"),
     pytest.param("test_vit", norms, None, 2, id="norms"),
     pytest.param("test_efficientnet", only("bn", "classifier"), None, 2, id="norms-and-head"),
     pytest.param("resnet18", without("conv1", "bn1", "layer1", "layer2"), None, 2, id="two-stages"),
     pytest.param(
-        "vit_tiny_patch16_224", without("patch", "pos", "cls", "blocks.0.", "blocks.1."), None, 2, id="blocks"
+        "vit_tiny_patch16_224",
+        without("patch", "pos", "cls", "blocks.0.", "blocks.1."),
+        None,
+        2,
+        id="blocks",
+        marks=pytest.mark.slow,
     ),
     pytest.param("test_convnext", first_children(1), None, 2, id="first-children"),
-    pytest.param("resnet18", first_tensors(20), None, 2, id="first-tensors"),
-    pytest.param("resnet18", without("layer4.1.conv2", "layer2.0"), None, 2, id="two-modules"),
+    pytest.param("resnet18", first_tensors(20), None, 2, id="first-tensors", marks=slow),
+    pytest.param("resnet18", without("layer4.1.conv2", "layer2.0"), None, 2, id="two-modules", marks=slow),
     pytest.param("test_resnet", still_statistics, None, 2, id="batch-norm-in-eval"),
     pytest.param("test_resnet", lambda m: m, None, 1, id="nothing-frozen"),
     pytest.param("test_resnet", lambda m: m, two_rates, 2, id="two-rates"),
@@ -105,13 +112,13 @@ CASES = [
     pytest.param("test_convnext", lambda m: m, head_only, 2, id="an-optimizer-of-the-head"),
     pytest.param("test_vit", lambda m: m, bare_decay, 2, id="no-decay-of-one-dimension"),
     pytest.param("vit_tiny_patch16_224", lambda m: m, layer_decay, 1, id="layer-decay"),
-    pytest.param("test_mambaout", without("stem"), None, 2, id="mambaout"),
-    pytest.param("deit_tiny_distilled_patch16_224", only("head"), None, 2, id="distilled"),
-    pytest.param("levit_128s", without("stem", "stages.0"), None, 2, id="levit"),
-    pytest.param("coat_lite_tiny", without("serial_blocks1", "patch_embed1"), None, 2, id="tied-weights"),
-    pytest.param("regnetx_002", only("head", "s4"), None, 2, id="regnet"),
-    pytest.param("mobilenetv3_small_050", first_children(3), None, 2, id="mobilenet"),
-    pytest.param("densenet121", without("features.conv0", "features.denseblock1"), None, 2, id="densenet"),
+    pytest.param("test_mambaout", without("stem"), None, 2, id="mambaout", marks=slow),
+    pytest.param("deit_tiny_distilled_patch16_224", only("head"), None, 2, id="distilled", marks=slow),
+    pytest.param("levit_128s", without("stem", "stages.0"), None, 2, id="levit", marks=slow),
+    pytest.param("coat_lite_tiny", without("serial_blocks1", "patch_embed1"), None, 2, id="tied-weights", marks=slow),
+    pytest.param("regnetx_002", only("head", "s4"), None, 2, id="regnet", marks=slow),
+    pytest.param("mobilenetv3_small_050", first_children(3), None, 2, id="mobilenet", marks=slow),
+    pytest.param("densenet121", without("features.conv0", "features.denseblock1"), None, 2, id="densenet", marks=slow),
 ]
 
 
@@ -150,6 +157,7 @@ def test_a_model_frozen_by_hand_becomes_a_plan_that_does_the_same(name, freeze, 
     assert len(plan.rules) == rules
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from([None, 1.0, 0.1]), min_size=47, max_size=47))
 def test_any_freezing_is_reproduced(rates: list[float | None]) -> None:
     """Whatever is frozen or slowed, tensor by tensor, in no order at all."""

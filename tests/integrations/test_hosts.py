@@ -17,9 +17,6 @@ from freezeplan import apply_plan, load_delta
 ROOT = Path(__file__).parents[2]
 EXAMPLE = runpy.run_path(str(ROOT / "examples/hosts.py"))
 HOSTS: dict[str, Any] = EXAMPLE["HOSTS"]
-LARGER = ("transformers", "torch.compile", "segmentation_models_pytorch")
-SLOW = {name for name, host in HOSTS.items() if host.size == 224 or name.startswith(LARGER)}
-NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in HOSTS]
 PLAN = {
     "version": 1,
     "layer_decay": 0.8,
@@ -29,7 +26,7 @@ PLAN = {
         {"match": ".*", "lr_mult": 1},
     ],
 }
-pytestmark = pytest.mark.filterwarnings("ignore")  # the packages' own
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # the packages' own
 
 
 def build(name: str) -> nn.Module:
@@ -58,14 +55,14 @@ def images_of(name: str, count: int = 2) -> Tensor:
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", HOSTS)
 def test_presets_fit_as_the_table_in_the_docs_says(name: str) -> None:
     model = build(name)
     expected = EXAMPLE["row"](name, model, EXAMPLE["refused"](model))
     assert expected in (ROOT / "docs/your_own_model.md").read_text().splitlines()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", HOSTS)
 def test_trains_is_proved_saved_and_undone(name: str, tmp_path: Path) -> None:
     model = build(name)
     flags = {key: parameter.requires_grad for key, parameter in model.named_parameters(remove_duplicate=False)}
@@ -102,7 +99,7 @@ def cheap(name: str) -> bool:
     return HOSTS[name].call is None and HOSTS[name].size < 224
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if cheap(str(name.values[0]))])
+@pytest.mark.parametrize("name", [name for name in HOSTS if cheap(name)])
 def test_features_give_what_images_give(name: str, tmp_path: Path) -> None:
     """In double precision, so that what kernels round differently is far below what a wrong pass would give."""
     model = build(name).double()

@@ -34,6 +34,7 @@ from freezeplan.integrations.huggingface import FreezePlanCallback, create_optim
 from freezeplan.model.describer import reentrant
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.slow
 
 PARTLY = {
     "version": 1,

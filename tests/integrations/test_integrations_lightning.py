@@ -24,6 +24,7 @@ from freezeplan.integrations.plans import Plans
 
 torch.set_num_threads(1)
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec"),

@@ -149,7 +149,10 @@ def run(plan: Any, plain: Any, epochs: int, folder: Path, *, resume: bool = Fals
     return model, applied
 
 
-@pytest.mark.parametrize(("plan", "stop"), [(PHASES, 2), (PLATEAU, 3)], ids=["epoch", "plateau"])
+@pytest.mark.parametrize(
+    ("plan", "stop"),
+    [pytest.param(PHASES, 2, id="epoch", marks=pytest.mark.slow), pytest.param(PLATEAU, 3, id="plateau")],
+)
 def test_a_run_resumed_by_timm_in_phase_two_is_the_run_that_was_not_stopped(
     plan: Any, stop: int, plain: Any, tmp_path: Path
 ) -> None:

@@ -69,7 +69,9 @@ def phased() -> tuple[Any, Any, torch.optim.Optimizer]:
     return model, applied, torch.optim.SGD(applied, momentum=0.9)
 
 
-@pytest.mark.parametrize("stopped", [1, 2], ids=["on-the-way", "within"])
+@pytest.mark.parametrize(
+    "stopped", [pytest.param(1, id="on-the-way", marks=pytest.mark.slow), pytest.param(2, id="within")]
+)
 def test_a_run_that_resumes_in_phase_two_gives_the_weights_of_one_never_stopped(stopped: int, plain: Any) -> None:
     """From the state dicts of model, optimizer and plan, as in docs/trainers/plain.md; to the same bits."""
     whole, live, optimizer = phased()

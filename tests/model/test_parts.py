@@ -219,7 +219,9 @@ def test_every_contained_backbone_has_the_rates_of_the_whole_model(name: str) ->
     assert {preset: count for preset, count in found.items() if count != allowed.get(preset)} == {}
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize(
+    "name", [ENCODERS[1], *(pytest.param(name, marks=pytest.mark.slow) for name in ENCODERS if name != ENCODERS[1])]
+)
 def test_an_encoder_without_a_classifier_stands_one_layer_ahead_of_what_is_outside(name: str) -> None:
     """Alone its last layer is the model's last; inside of another model the head outside stands behind it."""
     plan = {"version": 1, "layer_decay": 0.5, "rules": [{"match": ".*", "lr_mult": 1}]}

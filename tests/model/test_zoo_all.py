@@ -1,6 +1,6 @@
 """Every model of timm, by name, on the meta device: five portable presets mean on each what they say.
 
-One model of every fourth architecture module belongs to the quick suite, all of them to ``pytest -m zoo``.
+One model of every twelfth architecture module belongs to the quick suite, all of them to ``pytest -m zoo``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NO_CLASSIFIER = {
 
 HERE = Path(__file__).parents[1]
 QUICK = {families.ZOO[family]["model"] for family in families.QUICK} | {"mobilenetv5_300m_enc"}
-"""One of every fourth architecture module, and an encoder whose ``feature_info`` names a module that is not there."""
+"""One of every twelfth architecture module, and an encoder whose ``feature_info`` names a module that is not there."""
 NAMES = [
     pytest.param(name, marks=[pytest.mark.zoo, *([] if name in QUICK else [pytest.mark.slow])])
     for name in timm.list_models()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 
 from freezeplan import load_plan, resolve_plan
 from freezeplan.errors import PlanError
 from freezeplan.model.describer import create_model, describe
+from freezeplan.model.description import Description
 from freezeplan.plan.catalogue import shipped
 from freezeplan.resolve.resolver import resolve
 
@@ -50,16 +53,21 @@ def test_every_preset_is_counted_here() -> None:
     assert list(shipped()) == list(TRAINED)
 
 
+@cache
+def described(model: str) -> Description:
+    """What is known of a model, asked once."""
+    return describe(create_model(model, meta=True))
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_preset_trains_what_it_says(name: str) -> None:
     """Trained tensors in each phase; no rule of a preset loses most of what it matches."""
     for model, expected in zip(MODELS, TRAINED[name], strict=True):
-        described = describe(create_model(model, meta=True))
         if expected is None:
             with pytest.raises(PlanError, match=f"matches no parameter of {model}"):
-                resolve(load_plan(name), described)
+                resolve(load_plan(name), described(model))
             continue
-        resolution = resolve(load_plan(name), described)
+        resolution = resolve(load_plan(name), described(model))
 
         assert [len(part.trained) for part in resolution.parts] == expected, model
         assert not any(use.weak for part in resolution.parts for use in part.uses)

@@ -18,14 +18,15 @@ from freezeplan.report.forecast import OPTIMIZERS, forecast, measure
 
 MODELS = [
     pytest.param("test_resnet", 64, id="resnet"),
-    pytest.param("test_vit", 160, marks=pytest.mark.slow, id="vit"),
-    pytest.param("test_convnext", 64, marks=pytest.mark.slow, id="convnext"),
-    pytest.param("tf_efficientnet_lite0", 64, marks=pytest.mark.slow, id="efficientnet"),
-    pytest.param("vgg16", 64, marks=pytest.mark.slow, id="vgg16"),
-    pytest.param("swin_tiny_patch4_window7_224", 224, marks=pytest.mark.slow, id="swin"),
+    pytest.param("test_vit", 160, id="vit"),
+    pytest.param("test_convnext", 64, id="convnext"),
+    pytest.param("tf_efficientnet_lite0", 64, id="efficientnet"),
+    pytest.param("vgg16", 64, id="vgg16"),
+    pytest.param("swin_tiny_patch4_window7_224", 224, id="swin"),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["linear_probe", "surgical_last", "full"])
 @pytest.mark.parametrize(("name", "size"), MODELS)
 def test_a_real_step_takes_what_was_forecast(name, size, plan):
@@ -52,7 +53,9 @@ MAKERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "adamw" else pytest.mark.slow) for name in OPTIMIZERS]
+)
 def test_optimizer_state_is_exact(name):
     """Every tensor of the state after a real step."""
     found = forecast(lambda: create_model("test_resnet", meta=True), "surgical_last", image_size=64, batch_size=2)
@@ -109,6 +112,7 @@ def test_what_is_frozen_behind_something_trained_is_said():
     ) in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "begins", "ends"),
     [

@@ -85,6 +85,7 @@ def test_frozen_and_full_rate_look_different():
     assert [colour(place) for place in (0, 0.5, 1)] == ["#fff1b8", "#f69634", "#b30f1a"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("file", "start"), [("plan.png", b"\x89PNG"), ("plan.SVG", b"<?xml")])
 def test_a_picture_is_written_whole(file, start, tmp_path):
     """Under its own name only when it is done, the same bytes each time."""

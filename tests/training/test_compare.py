@@ -35,6 +35,7 @@ def without_cost(results: dict) -> list[dict]:
     return [{k: v for k, v in trial.items() if k not in ("seconds", "peak_bytes")} for trial in results["trials"]]
 
 
+@pytest.mark.slow
 def test_plans_are_ranked_with_their_best_rates(tmp_path, photos, capsys):
     found = compared(tmp_path / "out", photos, "linear_probe", "full", lr=[1e-3, 1e-2], seed=[0, 1])
     out = capsys.readouterr().out
@@ -234,6 +235,7 @@ def test_a_damaged_trial_is_trained_again(tmp_path, photos):
     assert without_cost(compared(out, photos, "linear_probe", lr=[1e-3], resume=True)) == without_cost(first)
 
 
+@pytest.mark.slow
 def test_a_plan_that_cannot_be_trained_stops_no_other(tmp_path, photos, monkeypatch):
     real = trials.train_one
 

@@ -81,6 +81,7 @@ def trials(folder, photos, plans, **options):
     return [{key: value for key, value in trial.items() if key not in ("seconds", "peak_bytes")} for trial in found]
 
 
+@pytest.mark.slow
 def test_a_function_that_returns_a_timm_model_gives_the_digits_of_its_name(tmp_path, photos, models, weights):
     given = {"plans": ["linear_probe", "full"], "lr": [1e-2], "weights": str(weights[0])}
 

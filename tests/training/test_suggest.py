@@ -342,6 +342,7 @@ def test_within_the_budget_all_plans_get_all_rates(spending):
     assert (len(set(tried)), said) == (8, ())
 
 
+@pytest.mark.slow
 def test_an_estimate_counts_what_a_plan_computes():
     """Full fine-tuning takes every step; a probe is one pass over the images; what is behind a prefix lies between."""
     train, held = (type("S", (), {"labels": torch.zeros(count)})() for count in (100, 50))
@@ -436,6 +437,7 @@ def test_the_cheaper_plan_trains_less_however_long_it_took():
 # The command
 
 
+@pytest.mark.slow
 def test_the_plan_is_valid_and_names_its_evidence(whole, photos, capsys):
     out, found = whole
     path = out / "suggested.yaml"
@@ -460,6 +462,7 @@ def test_the_plan_is_valid_and_names_its_evidence(whole, photos, capsys):
         assert [row[:4] for row in resolve_plan(plan, blank(MODEL, 3)).rows] == [row[:4] for row in same.rows]
 
 
+@pytest.mark.slow
 def test_every_rung_leaves_its_figures(whole):
     out, found = whole
 
@@ -472,6 +475,7 @@ def test_every_rung_leaves_its_figures(whole):
     assert b"<svg" in (out / "depth.svg").read_bytes()
 
 
+@pytest.mark.slow
 def test_what_is_printed_is_what_was_measured_and_the_command_that_goes_on(whole, photos):
     folder, found = whole
     out, text = found["printed"], " ".join(found["printed"].split())
@@ -517,6 +521,7 @@ def test_a_suggestion_goes_on_where_it_was(tmp_path, photos, whole, monkeypatch)
     assert kept[0] == kept[1] != []
 
 
+@pytest.mark.slow
 def test_the_validation_images_are_no_part_of_it(tmp_path, photos, whole):
     """They do not decode here, and ``compare``, which reads them, says so."""
     given = {"data": str(photos), "model": MODEL, "weights": "random", "image_size": 32, "out": tmp_path / "out"}

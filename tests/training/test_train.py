@@ -257,6 +257,7 @@ def test_an_arm_learns_and_is_measured() -> None:
     assert run.seconds >= sum(epoch.train_seconds + epoch.eval_seconds for epoch in run.epochs)
 
 
+@pytest.mark.slow
 def test_average_precision_is_measured_where_it_is_asked_for() -> None:
     assert train().val.average_precision == ()
     assert len(train(precision=True).val.average_precision) == 2
@@ -462,6 +463,7 @@ def test_kept_features_give_the_same_run() -> None:
         assert kept.val_top1_error == plain.val_top1_error
 
 
+@pytest.mark.slow
 def test_without_a_cuda_device_no_graph_is_used_and_the_run_says_so() -> None:
     model, plan, data = start(), load_arms(["frozen_convs"])["frozen_convs"], (split(), split(8))
     plain, graphed = (
@@ -474,6 +476,7 @@ def test_without_a_cuda_device_no_graph_is_used_and_the_run_says_so() -> None:
     assert saving([asdict(graphed)]).endswith("; no CUDA graph: there is no CUDA device")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_half_precision_is_near(amp: Amp) -> None:
     """Autocast, with and without kept features; a loss within a few per cent."""
@@ -507,6 +510,7 @@ def test_a_step_whose_scaled_gradient_overflows_is_left_out(monkeypatch: pytest.
     assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
 
 
+@pytest.mark.slow
 def test_the_order_in_memory_changes_rounding_alone() -> None:
     losses = [
         [epoch.train_loss for epoch in train(settings=replace(SETTINGS, lr=1e-6, channels_last=way)).epochs]
@@ -550,9 +554,9 @@ gradient as they were in memory."""
     "changes",
     [
         {"augment": "crop-flip"},
-        {"amp": "bf16", "image_size": HALF},
+        pytest.param({"amp": "bf16", "image_size": HALF}, marks=pytest.mark.slow),
         pytest.param({"amp": "fp16", "image_size": HALF}, marks=pytest.mark.slow),
-        {"optimizer": "adamw"},
+        pytest.param({"optimizer": "adamw"}, marks=pytest.mark.slow),
     ],
 )
 def test_what_is_stopped_and_goes_on_gives_the_same_bits(changes: dict[str, Any], tmp_path: Path) -> None:

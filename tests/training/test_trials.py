@@ -64,15 +64,16 @@ def passes(monkeypatch) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "random", "proofs"),
     [
         ("linear_probe", False, 1),
-        pytest.param("surgical_last", False, 1, marks=pytest.mark.slow),
-        pytest.param("linear_probe", True, 2, marks=pytest.mark.slow),  # each seed has a body of its own
-        pytest.param("norm_and_head", False, 0, marks=pytest.mark.slow),  # nothing can be cached
-        pytest.param("full", False, 0, marks=pytest.mark.slow),
-        pytest.param("lp_ft", False, 4, marks=pytest.mark.slow),  # phases
+        ("surgical_last", False, 1),
+        ("linear_probe", True, 2),  # each seed has a body of its own
+        ("norm_and_head", False, 0),  # nothing can be cached
+        ("full", False, 0),
+        ("lp_ft", False, 4),  # phases
     ],
 )
 def test_rates_and_seeds_share_one_proof(tmp_path, photos, weights, passes, plan, random, proofs):

@@ -325,6 +325,7 @@ def test_what_is_no_archive(content: bytes, tmp_path: Path) -> None:
         read_voc(path)
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.parametrize(
     ("name", "classes", "train", "val", "several"),

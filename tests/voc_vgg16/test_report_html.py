@@ -141,6 +141,7 @@ def test_settings_that_change_no_figure_may_differ() -> None:
     assert list(merge([("a", first), ("b", second)])["arms"]) == ["scratch", "same_lr"]
 
 
+@pytest.mark.slow
 def test_the_page_is_alone_and_names_are_escaped() -> None:
     evil = "<script>alert('x')</script>"
     page = to_html(results(RESULTS, (evil, 'o"wl', "{{ 7 * 7 }}")), {"scratch": [], "same_lr": []})

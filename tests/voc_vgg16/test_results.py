@@ -195,7 +195,7 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     assert str(caught.value) == f"{tmp_path / 'out' / 'here'}: {tmp_path / 'out'} is a file, expected a folder"
 
 
-@pytest.mark.parametrize("works", range(len(FILES)))
+@pytest.mark.parametrize("works", [0, *(pytest.param(works, marks=pytest.mark.slow) for works in range(1, len(FILES)))])
 def test_a_full_disk_leaves_nothing_half_written(works: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 

@@ -54,6 +54,7 @@ def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sample(tmp_path_factory.mktemp("sample"), train=20, val=20)
 
 
+@pytest.mark.slow
 def test_a_run_prints_its_figures_and_writes_them(
     voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -386,6 +387,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
             voc_vgg16(**options)
 
 
+@pytest.mark.slow
 def test_another_text_of_a_plan_is_another_run(voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = tmp_path / "mine.yaml"
     plan.write_text("version: 1\nrules: [{match: .*, lr_mult: 1}]\n")

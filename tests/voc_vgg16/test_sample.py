@@ -225,6 +225,7 @@ def test_a_batch_norm_without_a_convolution_is_refused():
         fold_batch_norm(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)).eval())
 
 
+@pytest.mark.slow
 def test_pretraining_can_be_repeated_and_leaves_torch_as_it_was(tmp_path):
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     settings = {"train": 32, "test": 48, "epochs": 1, "batch_size": 16}
