@@ -15,17 +15,18 @@ import torch
 from freezeplan.atomic import whole_file
 from freezeplan.errors import OutputError
 from freezeplan.report import terminal
-from freezeplan.training.compare_command import TRIALS, Screen, cores, device_named, eval_transform, print_facts
+from freezeplan.training.compare_command import TRIALS, Screen, cores, device_named, print_facts
+from freezeplan.training.evidence import Budget
+from freezeplan.training.parts import PARTS, in_parts
 from freezeplan.training.photos import read_photos, split_each_class
 from freezeplan.training.settings import Device, Settings
-from freezeplan.training.suggest import RATES, Budget, suggest
+from freezeplan.training.short_trials import RATES
+from freezeplan.training.suggest import suggest
 from freezeplan.training.suggest_report import FILES, print_evidence, print_trials, write
-from freezeplan.training.trials import Comparison, Photos
-from freezeplan.training.voc import Photo, VocData, load_split
+from freezeplan.training.trials import Comparison
+from freezeplan.training.voc import Photo, VocData
 from freezeplan.training.weights import blank, build, default_image_size, weights_title
 
-HELD = 0.3
-"""Part of each class's training images that the trials are measured on."""
 REQUEST = "request.json"
 """What was asked for, below ``--out``: trials are taken again only for the same."""
 
@@ -92,7 +93,7 @@ def suggest_plan(
     )  # fmt: skip
     request = {
         "model": model, "weights": weights_title(model, weights), "data": found.name, "images": len(found.train),
-        "image_size": settings.image_size, "epochs": epochs, "batch_size": batch_size, "seed": seed,
+        "image_size": settings.image_size, "epochs": epochs, "batch_size": batch_size, "seed": seed, "parts": PARTS,
     }  # fmt: skip
     _claim(out, resume, request)
     start = build(
@@ -103,14 +104,14 @@ def suggest_plan(
     torch.set_num_threads(settings.threads)
     try:
         with Screen(stderr, 0, epochs, error="held-out error") as screen:
-            photos = held_out(found, settings, seed, model, screen.decoded)
-            suggestion = suggest(start, photos, comparison, limit, screen, folder=out / TRIALS, seed=seed)
+            parts = in_parts(found, settings, seed, model, screen.decoded)
+            suggestion = suggest(start, parts, comparison, limit, screen, folder=out / TRIALS, seed=seed)
     finally:
         torch.set_num_threads(threads_before)
     facts = {
         "model": f"{model}; weights: {weights_title(model, weights)}",
-        "data": f"{found.name}: {len(photos.train.labels):,} training images and {len(photos.held_out.labels):,} held "
-        f"out of them, {len(found.classes)} classes; the validation images were not read",
+        "data": f"{found.name}: {len(parts.images.labels):,} training images in {len(parts)} parts, of which one is "
+        f"held out, {len(found.classes)} classes; the validation images were not read",
         "images": f"{settings.image_size} pixels",
         "trials": f"{epochs} epochs of AdamW, constant rate, batch size {batch_size}, seed {seed}",
         "errors": "on the images held out; rate and plan are chosen by the same, so they are a little too low",
@@ -174,29 +175,3 @@ def fewer(data: VocData, images: int, seed: int) -> VocData:
             mine.append(photo)
             files.add(photo.file)
     return replace(data, train=tuple(photo for photo in data.train if photo.file in files))
-
-
-def held_out(data: VocData, settings: Settings, seed: int, model: str, progress: Callable[[int, int], None]) -> Photos:
-    """Decode the training images alone, a part of each class held out of them.
-
-    Args:
-        data: With training images; its validation images are not read.
-        settings: Of the trials.
-        seed: Of the images that are held out.
-        model: Whose transform is used.
-        progress: Is told how many images of a list are done.
-
-    Raises:
-        DataError: If an image does not decode and ``settings.skip_bad`` is off.
-    """
-    train, held = split_each_class(data.train, seed, HELD)
-    parted = replace(data, train=tuple(train), val=tuple(held))
-    transform = eval_transform(model, settings.image_size)
-    sides = [
-        load_split(
-            parted, split, image_size=settings.image_size, rule=settings.label, transform=transform,
-            workers=settings.workers, skip_bad=settings.skip_bad, progress=progress,
-        ).to(torch.device(settings.device))
-        for split in ("train", "val")
-    ]  # fmt: skip
-    return Photos(sides[0], sides[1], 0)

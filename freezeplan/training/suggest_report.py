@@ -20,9 +20,10 @@ from freezeplan.errors import OutputError
 from freezeplan.model.describer import describe
 from freezeplan.plan.dump import dump
 from freezeplan.training.compare_report import ACCENT, OTHER, percent, print_ranking, svg
+from freezeplan.training.evidence import Evidence
 from freezeplan.training.probe import carries_to
-from freezeplan.training.ranking import Place, as_rows
-from freezeplan.training.suggest import PROBE, Evidence, Suggestion
+from freezeplan.training.ranking import Place, Trial, as_rows
+from freezeplan.training.suggest import PROBE, Suggestion
 
 FILES = ("suggested.yaml", "depth.svg", "suggestion.json")
 
@@ -84,12 +85,24 @@ def print_trials(console: Console, found: Suggestion) -> None:
     for one in found.candidates:
         if one.dropped:
             console.print(Text(f"not tried: {one.name}, {one.dropped}"), soft_wrap=True)
-    for sentence in found.skipped:
+    for sentence in (*found.tried.skipped, *on_all(found)):
         console.print(Text(sentence), soft_wrap=True)
     if found.places:
         print_ranking(console, found.places, found.decision.sentence)
     else:
         console.print(Text(found.decision.sentence), soft_wrap=True)
+
+
+def on_all(found: Suggestion) -> tuple[str, ...]:
+    """Say that the first two plans were measured on more images than the others, in a sentence; none where not."""
+    if not found.tried.again:
+        return ()
+    first, second = found.places[:2]
+    images = len(found.tried.trials[0].wrong) + sum(len(some[0].wrong) for some in found.tried.again)
+    return (
+        f"{first.plan} and {second.plan} were trained {1 + len(found.tried.again)} times each, with other images held "
+        f"out: their errors are of {images:,} images, the others' of {len(found.tried.trials[0].wrong):,}",
+    )
 
 
 def to_svg(evidence: Evidence, title: str) -> bytes:
@@ -135,7 +148,7 @@ def plan_text(found: Suggestion, model: nn.Module, facts: Mapping[str, str]) -> 
         found.decision.sentence, *carried(found.evidence), *pulled(found.evidence),
         *(_place(place) for place in found.places),
         *(f"not tried: {one.name}, {one.dropped}" for one in found.candidates if one.dropped),
-        *found.skipped, *found.evidence.skipped,
+        *on_all(found), *found.tried.skipped, *found.evidence.skipped,
     ]  # fmt: skip
     notes = iter(_notes(plan, found, model))
     lines = []
@@ -197,15 +210,20 @@ def _span(stages: Sequence[int]) -> str:
     return f"stage {stages[0]}" if len(stages) == 1 else f"stages {stages[0]} to {stages[-1]}"
 
 
+def _figures(trial: Trial) -> dict[str, Any]:
+    return {key: value for key, value in asdict(trial).items() if key != "wrong"}
+
+
 def as_data(found: Suggestion) -> Mapping[str, Any]:
     """Return a suggestion as data for JSON: evidence, candidates, trials, ranking, decision."""
     return {
         "depths": [asdict(depth) for depth in found.evidence.depths],
         "gradients": [asdict(pull) for pull in found.evidence.pulls],
         "gradient_batches": found.evidence.batches,
-        "skipped": [*found.evidence.skipped, *found.skipped],
+        "skipped": [*found.evidence.skipped, *found.tried.skipped],
         "dropped": {one.name: one.dropped for one in found.candidates if one.dropped},
-        "trials": [{key: value for key, value in asdict(trial).items() if key != "wrong"} for trial in found.trials],
+        "trials": [_figures(trial) for trial in found.tried.trials],
+        "again": [[_figures(trial) for trial in some] for some in found.tried.again],
         "ranking": as_rows(found.places),
         "plan": found.decision.plan,
         "lr": found.decision.lr,

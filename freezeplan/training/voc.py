@@ -101,6 +101,12 @@ class Split:
         by_rule = {rule: labels.to(device) for rule, labels in self.by_rule.items()}
         return replace(self, images=self.images.to(device), by_rule=by_rule, present=self.present.to(device))
 
+    def at(self, rows: Tensor) -> Split:
+        """Return some of the images, copied, in the order of ``rows``, int64."""
+        rows = rows.to(self.images.device)
+        by_rule = {rule: labels[rows] for rule, labels in self.by_rule.items()}
+        return replace(self, images=self.images[rows], by_rule=by_rule, present=self.present[rows])
+
 
 def read_voc(path: str | Path, *, name: str | None = None) -> VocData:
     """Read the lists and annotations of a data set in VOC's layout.

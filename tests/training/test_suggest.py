@@ -15,21 +15,32 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from freezeplan import load_plan, resolve_plan
 from freezeplan.cli import app
 from freezeplan.errors import DataError, FreezePlanError
 from freezeplan.model.describer import create_model, describe
-from freezeplan.training import suggest as rungs
-from freezeplan.training import suggest_command
+from freezeplan.training import short_trials, suggest_command
 from freezeplan.training.compare_command import compare_plans
+from freezeplan.training.costs import costs, flops_by_stage
+from freezeplan.training.evidence import Budget, Evidence, with_gradients
 from freezeplan.training.gradients import Pull, auto_rgn, fit_head, relative_gradient_norms, scored
 from freezeplan.training.photos import read_photos
-from freezeplan.training.probe import Depth, carries_to, depth_profile, linear_head, ridge_error, stage_features
+from freezeplan.training.probe import (
+    Depth,
+    Features,
+    carries_to,
+    depth_profile,
+    linear_head,
+    ridge_error,
+    stage_features,
+)
 from freezeplan.training.ranking import Trial, rank
 from freezeplan.training.settings import Settings
-from freezeplan.training.suggest import Budget, Evidence, candidates, decide, estimate, try_out
+from freezeplan.training.short_trials import RATES, joined, ranking, try_out
+from freezeplan.training.suggest import candidates, decide
 from freezeplan.training.suggest_command import fewer, suggest_plan
 from freezeplan.training.suggest_report import carried
 from freezeplan.training.trials import Comparison, Job, Photos
@@ -297,67 +308,159 @@ def trial(job: Job, error: float = 0.5, seconds: float = 10.0) -> Trial:
 PLANS = {name: load_plan(name) for name in ("linear_probe", "surgical_last", "full", "llrd")}
 
 
+ERRORS = {"linear_probe": 0.30, "surgical_last": 0.25, "full": 0.40, "llrd": 0.60}
+"""Held-out error of each plan in these tests."""
+
+
+SHORT = Settings(epochs=3, batch_size=8, image_size=32)
+
+
+class ThreeParts:
+    """Parts that know their numbers alone."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def holding_out(self, part: int) -> int:
+        return part
+
+
 @pytest.fixture
 def spending(monkeypatch, tmp_path):
-    """Run the trials by a clock that only they move; returns what was tried and what was said."""
+    """Run the trials by a clock that only they move; returns what was tried, with part 0 held out and with others."""
 
-    def run(budget: float, seconds: float) -> tuple[list[tuple[str, float]], tuple[str, ...]]:
-        clock = Clock()
+    def run(budget: float, seconds: float, errors: dict[str, float] = ERRORS):
+        clock, again = Clock(), []
 
-        def compare(jobs, *_, **__):
+        def compare(jobs, _comparison, part, *_, **__):
             clock.now += seconds
-            return [trial(jobs[0], seconds=seconds)], {}
+            if part:
+                again.append((jobs[0].plan, jobs[0].lr, part))
+            return [trial(jobs[0], errors[jobs[0].plan] + 0.01 * jobs[0].lr + 0.1 * part, seconds=seconds)], {}
 
-        monkeypatch.setattr(rungs, "compare", compare)
-        monkeypatch.setattr(rungs, "estimate", lambda *_: seconds)
+        monkeypatch.setattr(short_trials, "compare", compare)
         limit = Budget(budget, clock)
-        tried, said = try_out(
-            PLANS, None, None, limit, Silent(), folder=tmp_path, seed=0, evidence=Evidence(), rates=(1.0, 2.0)
+        tried = try_out(
+            PLANS, ThreeParts(), Comparison({}, SHORT, MODEL, None, 3), limit, Silent(), folder=tmp_path, seed=0,
+            costs=dict.fromkeys(PLANS, seconds), rates=(1.0, 2.0),
         )  # fmt: skip
         assert limit.left >= 0
-        return [(one.plan, one.lr) for one in tried], said
+        return tried, [(one.plan, one.lr) for one in tried.trials], again
 
     return run
 
 
 def test_the_budget_is_spent_on_cheap_plans_first_and_what_is_skipped_is_said(spending):
-    tried, said = spending(budget=55, seconds=10)
+    tried, order, again = spending(budget=55, seconds=10)
 
-    assert tried == [("linear_probe", 1), ("linear_probe", 2), ("surgical_last", 1), ("surgical_last", 2), ("full", 1)]
-    assert said == (
+    assert order == [("linear_probe", 1), ("linear_probe", 2), ("surgical_last", 1), ("surgical_last", 2), ("full", 1)]
+    assert tried.skipped == (
         "trials of llrd: skipped, about 10 s needed and 5 s of the budget left",
         "trials of full from lr 2 on: skipped, about 10 s needed and 5 s of the budget left",
+        "surgical_last and linear_probe with other images held out: skipped, about 20 s needed and 5 s of the budget "
+        "left",
     )
+    assert (again, tried.again) == ([], ())
 
 
 def test_no_trial_starts_that_the_budget_does_not_allow(spending):
-    tried, said = spending(budget=9, seconds=10)
+    tried, order, _ = spending(budget=9, seconds=10)
 
-    assert (tried, len(said)) == ([], 4)
-
-
-def test_within_the_budget_all_plans_get_all_rates(spending):
-    tried, said = spending(budget=80, seconds=10)
-
-    assert (len(set(tried)), said) == (8, ())
+    assert (order, len(tried.skipped)) == ([], 4)
 
 
-@pytest.mark.slow
-def test_an_estimate_counts_what_a_plan_computes():
-    """Full fine-tuning takes every step; a probe is one pass over the images; what is behind a prefix lies between."""
-    train, held = (type("S", (), {"labels": torch.zeros(count)})() for count in (100, 50))
-    settings = Settings(epochs=3, batch_size=8, image_size=32)
-    shared = Comparison({}, settings, MODEL, "random", 3)
-    evidence = Evidence(forward=0.01, step=0.04)
+def test_within_the_budget_all_plans_get_all_rates_and_the_first_two_all_parts(spending):
+    tried, order, again = spending(budget=120, seconds=10)
 
-    full, probe, last = (
-        estimate(load_plan(name), Photos(train, held, 0), shared, evidence)
-        for name in ("full", "linear_probe", "surgical_last")
+    assert (len(set(order)), tried.skipped) == (8, ())
+    assert again == [(plan, 1, part) for part in (1, 2) for plan in ("surgical_last", "linear_probe")]
+    assert [[one.plan for one in some] for some in tried.again] == [["surgical_last", "linear_probe"]] * 2
+
+
+def test_both_of_the_first_two_are_trained_again_or_none_and_ahead_of_what_costs_more(spending):
+    tried, order, again = spending(budget=75, seconds=10)
+
+    assert order[4:] == [("full", 1)]
+    assert [part for _, _, part in again] == [1, 1]
+    assert tried.skipped[-1] == (
+        "surgical_last and linear_probe with other images held out: skipped, about 20 s needed and 5 s of the budget "
+        "left"
     )
 
-    assert full == pytest.approx(3 * 100 * 0.04 + (4 * 50 + 100) * 0.01)
-    assert probe == pytest.approx(150 * 0.01)
-    assert probe < last < full
+
+def test_the_first_two_are_ranked_by_all_images_and_the_others_by_the_first_part(spending):
+    tried, _, _ = spending(budget=120, seconds=10)
+    probe = [replace(one, wrong=(False,) * 100, val_error=0.0) for some in tried.again for one in some[1:]]
+    turned = replace(tried, again=tuple((some[0], one) for some, one in zip(tried.again, probe, strict=True)))
+
+    before, after = ranking(tried), ranking(turned)
+
+    assert [place.plan for place in before] == ["surgical_last", "linear_probe", "full", "llrd"]
+    assert [place.plan for place in after] == ["linear_probe", "surgical_last", "full", "llrd"]
+    assert before[0].val_error == pytest.approx((0.26 + 0.36 + 0.46) / 3)
+    assert after[0].val_error == pytest.approx(0.31 / 3)
+    assert [place.val_error for place in after[2:]] == pytest.approx([0.41, 0.61])
+    assert after[2].behind is not None
+    assert after[2].behind[0] < 0.41 - 0.31 < after[2].behind[1], "behind the first on the first part"
+
+
+def test_more_images_make_the_interval_of_a_difference_narrower():
+    one, two = (trial(Job(plan, 1e-3, 0), error) for plan, error in (("linear_probe", 0.3), ("full", 0.36)))
+    three = [joined([one] * 3), joined([two] * 3)]
+
+    def width(trials):
+        low, high = rank(trials)[1].behind
+        return high - low
+
+    assert width(three) == pytest.approx(width([one, two]) / 3**0.5, rel=0.1)
+
+
+def test_gradients_are_not_measured_without_time_for_the_plan_made_of_them():
+    model, images = create_model(MODEL, num_classes=3), type("S", (), {"labels": torch.zeros(6)})()
+    features = Features({}, torch.zeros(6, model.fc.in_features))
+
+    found = with_gradients(
+        Evidence(forward=0.001), features, model, images, SHORT, Budget(10, Clock()), classes=3, seed=0, ahead=11
+    )
+
+    assert (found.pulls, found.skipped) == (
+        (),
+        (
+            "gradients, and the trials as far as the plan made of them: skipped, about 11 s needed and 10 s of the "
+            "budget left",
+        ),
+    )
+
+
+def test_costs_count_what_a_plan_computes():
+    """Full fine-tuning takes every step; a probe is one pass over the images; what is behind a prefix lies between."""
+    train, held = (type("S", (), {"labels": torch.zeros(count)})() for count in (100, 50))
+    photos = Photos(train, held, 0)
+    shared = Comparison({}, SHORT, MODEL, "random", 3)
+    evidence = Evidence(forward=0.01, step=0.04)
+    plans = {name: load_plan(name) for name in ("linear_probe", "surgical_last", "full")}
+    flops = flops_by_stage(blank(MODEL, 3), 32)
+    last = flops[4] / sum(flops.values())
+
+    found = costs(plans, photos, shared, evidence)
+    uncached = costs(plans, photos, replace(shared, settings=replace(shared.settings, cache=False)), evidence)
+
+    everything = 3 * 100 * 0.04 + (4 * 50 + 100) * 0.01
+    assert found == pytest.approx({"linear_probe": 1.5, "surgical_last": 1.5 + last * everything, "full": everything})
+    assert set(uncached.values()) == {everything}
+
+
+def test_flops_of_stages_are_those_of_the_convolutions():
+    """The stem of test_resnet by hand; what the stages have together is the whole model's but for the head's."""
+    model = blank(MODEL, 3)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model.eval()(torch.empty(1, 3, 32, 32, device="meta"))
+
+    found = flops_by_stage(model, 32)
+
+    assert sum(found.values()) == counter.get_total_flops() - 2 * model.fc.weight.numel()
+    assert not any("forward" in module.__dict__ for module in model.modules())
 
 
 def test_a_budget_that_is_used_up_skips_every_rung_and_says_so(tmp_path, photos, capsys):
@@ -471,7 +574,7 @@ def test_every_rung_leaves_its_figures(whole):
     assert max(pull["rate"] for pull in found["gradients"]) == 1
     assert found["gradient_batches"] >= 5
     assert {trial["plan"] for trial in found["trials"]} >= {"linear_probe", "full"}
-    assert {trial["lr"] for trial in found["trials"] if trial["plan"] == "full"} == set(rungs.RATES)
+    assert {trial["lr"] for trial in found["trials"] if trial["plan"] == "full"} == set(RATES)
     assert b"<svg" in (out / "depth.svg").read_bytes()
 
 
@@ -484,7 +587,8 @@ def test_what_is_printed_is_what_was_measured_and_the_command_that_goes_on(whole
         shown = f"{depth['stage']} {depth['channels']} {100 * depth['error']:.1f} {100 * depth['spread']:.1f} "
         assert f" {shown}" in text
     assert found["sentence"] in text
-    assert "30 training images and 12 held out of them, 3 classes; the validation images were not read" in text
+    assert "42 training images in 3 parts, of which one is held out, 3 classes; " in text
+    assert "; the validation images were not read" in text
     command = next(line for line in out.splitlines() if line.startswith("freezeplan compare "))
     assert command == (
         f"freezeplan compare {folder / 'suggested.yaml'} --model {MODEL} --data {photos} --weights random "
