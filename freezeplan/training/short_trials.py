@@ -27,7 +27,7 @@ class Tried:
     trials: tuple[Trial, ...] = ()
     """With the first part held out."""
     again: tuple[tuple[Trial, ...], ...] = ()
-    """Of the first two plans, with each other part held out: of both or of none."""
+    """Of plans that were the first two at some time, with each other part held out."""
     skipped: tuple[str, ...] = ()
     """A sentence for what was skipped, or failed."""
 
@@ -108,8 +108,7 @@ def try_out(
             photos = parts.holding_out(part) if left else first
             for job in left:
                 train(job, part, photos)
-    both = [[_trial(some, job) for job in pair] for some in found[1:]]
-    again = tuple(tuple(trial for trial in some if trial) for some in both if some and all(some))
+    again = tuple(tuple(some) for some in found[1:] if some)
     return Tried(tuple(found[0]), again, (*said.values(), *([not_again] if not_again else [])))
 
 
@@ -122,14 +121,23 @@ def ranking(tried: Tried) -> tuple[Place, ...]:
         >>> ranking(Tried())
         ()
     """
-    places = rank(tried.trials)
-    if not tried.again:
+    places, known = rank(tried.trials), on_all_parts(tried)
+    pair = [place for place in known if place.plan in {leader.plan for leader in places[:2]}]
+    if len(pair) < 2:
         return places
-    jobs = [(place.plan, place.lr) for place in places[:2]]
-    pair = [[t for some in (tried.trials, *tried.again) for t in some if (t.plan, t.lr) == job] for job in jobs]
-    first, second = rank([joined(trials) for trials in pair])
+    first, second = pair
     others = rank([trial for trial in tried.trials if trial.plan != second.plan])
     return (first, second, *(place for place in others if place.plan != first.plan))
+
+
+def on_all_parts(tried: Tried) -> tuple[Place, ...]:
+    """Rank the plans that were trained with every part held out in turn, at one rate, by all images."""
+    jobs = {(place.plan, place.lr) for place in rank(tried.trials)}
+    for some in tried.again:
+        jobs &= {(trial.plan, trial.lr) for trial in some}
+    parts = (tried.trials, *tried.again) if tried.again else ()
+    found = {job: [t for some in parts for t in some if (t.plan, t.lr) == job] for job in sorted(jobs)}
+    return rank([joined(trials) for trials in found.values() if trials])
 
 
 def joined(trials: Sequence[Trial]) -> Trial:

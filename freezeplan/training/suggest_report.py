@@ -23,6 +23,7 @@ from freezeplan.training.compare_report import ACCENT, OTHER, percent, print_ran
 from freezeplan.training.evidence import Evidence
 from freezeplan.training.probe import carries_to
 from freezeplan.training.ranking import Place, Trial, as_rows
+from freezeplan.training.short_trials import on_all_parts
 from freezeplan.training.suggest import PROBE, Suggestion
 
 FILES = ("suggested.yaml", "depth.svg", "suggestion.json")
@@ -94,14 +95,18 @@ def print_trials(console: Console, found: Suggestion) -> None:
 
 
 def on_all(found: Suggestion) -> tuple[str, ...]:
-    """Say that the first two plans were measured on more images than the others, in a sentence; none where not."""
-    if not found.tried.again:
+    """Say what plans that were trained with every part held out in turn have on all images, in a sentence, if any."""
+    places = on_all_parts(found.tried)
+    if len(places) < 2:
         return ()
-    first, second = found.places[:2]
     images = len(found.tried.trials[0].wrong) + sum(len(some[0].wrong) for some in found.tried.again)
+    figures = ", ".join(f"{place.plan} {percent(place.val_error)} %" for place in places)
+    assert places[1].behind is not None
+    low, high = (100 * edge for edge in places[1].behind)
+    times, second = 1 + len(found.tried.again), places[1].plan
     return (
-        f"{first.plan} and {second.plan} were trained {1 + len(found.tried.again)} times each, with other images held "
-        f"out: their errors are of {images:,} images, the others' of {len(found.tried.trials[0].wrong):,}",
+        f"trained {times} times, with other images held out each time, {images:,} in all: {figures}; {second} is "
+        f"{low:+.1f} to {high:+.1f} points behind",
     )
 
 

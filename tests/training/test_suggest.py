@@ -39,7 +39,7 @@ from freezeplan.training.probe import (
 )
 from freezeplan.training.ranking import Trial, rank
 from freezeplan.training.settings import Settings
-from freezeplan.training.short_trials import RATES, joined, ranking, try_out
+from freezeplan.training.short_trials import RATES, joined, on_all_parts, ranking, try_out
 from freezeplan.training.suggest import candidates, decide
 from freezeplan.training.suggest_command import fewer, suggest_plan
 from freezeplan.training.suggest_report import carried
@@ -402,6 +402,18 @@ def test_the_first_two_are_ranked_by_all_images_and_the_others_by_the_first_part
     assert [place.val_error for place in after[2:]] == pytest.approx([0.41, 0.61])
     assert after[2].behind is not None
     assert after[2].behind[0] < 0.41 - 0.31 < after[2].behind[1], "behind the first on the first part"
+
+
+def test_what_was_compared_on_all_images_is_known_when_another_plan_is_second(spending):
+    tried, _, _ = spending(budget=120, seconds=10)
+    better = trial(Job("full", 1.0, 0), 0.27)
+
+    turned = replace(tried, trials=(*(one for one in tried.trials if one.plan != "full"), better))
+
+    assert [place.plan for place in ranking(turned)][:2] == ["surgical_last", "full"]
+    assert ranking(turned)[0].val_error == pytest.approx(0.26)
+    assert [place.plan for place in on_all_parts(turned)] == ["surgical_last", "linear_probe"]
+    assert on_all_parts(turned)[1].val_error == pytest.approx((0.31 + 0.41 + 0.51) / 3)
 
 
 def test_more_images_make_the_interval_of_a_difference_narrower():
