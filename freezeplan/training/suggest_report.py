@@ -35,12 +35,13 @@ def print_evidence(console: Console, evidence: Evidence) -> None:
     depths = {depth.stage: depth for depth in evidence.depths}
     if depths or rates:
         table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
-        for name in ("stage", "features", "probe error %", "+-", "relative gradient", "of the largest"):
+        gradients = ("relative gradient", "of the largest") if rates else ()
+        for name in ("stage", "features", "probe error %", "+-", *gradients):
             table.add_column(name, justify="right", no_wrap=True)
         for stage in sorted({*depths, *rates}):
             depth, pull = depths.get(stage), rates.get(stage)
             first = (str(depth.channels), percent(depth.error), percent(depth.spread)) if depth else ("", "", "")
-            second = (f"{pull.norm:.2g}", f"{pull.rate:.2f}") if pull else ("", "")
+            second = (f"{pull.norm:.2g}", f"{pull.rate:.2f}") if pull else ("",) * len(gradients)
             table.add_row(str(stage), *first, *second)
         console.print(table)
     for sentence in (*carried(evidence), *pulled(evidence), *evidence.skipped):
@@ -111,28 +112,30 @@ def on_all(found: Suggestion) -> tuple[str, ...]:
 
 
 def to_svg(evidence: Evidence, title: str) -> bytes:
-    """Draw the probe's error at each stage with its standard error, and the relative gradients below it."""
+    """Draw the probe's error at each stage with its standard error, and the relative gradients, if any, below it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, sharex=True, height_ratios=(2, 1))
     depths, pulls = evidence.depths, evidence.pulls
+    figure = Figure(figsize=(7, 5 if pulls else 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, sharex=True, height_ratios=(2, 1)) if pulls else [figure.subplots()]
     stages = [depth.stage for depth in depths]
     errors = [100 * depth.error for depth in depths]
-    upper.errorbar(stages, errors, [100 * depth.spread for depth in depths], color=ACCENT, marker="o", capsize=3)
+    panels[0].errorbar(stages, errors, [100 * depth.spread for depth in depths], color=ACCENT, marker="o", capsize=3)
+    panels[0].set(ylabel="error of a ridge probe, %")
     if depths:
         best, _ = carries_to(depths)
-        upper.plot([best.stage], [100 * best.error], "o", color=ACCENT, ms=11, mfc="none")
-    upper.set(ylabel="error of a ridge probe, %")
-    lower.bar([pull.stage for pull in pulls], [pull.rate for pull in pulls], color=OTHER, width=0.6)
-    lower.set(ylabel="relative gradient\n(the largest is 1)", xlabel="stage, from the stem on", ylim=(0, 1.05))
-    lower.set_xticks(stages or [pull.stage for pull in pulls])
-    for axes in (upper, lower):
+        panels[0].plot([best.stage], [100 * best.error], "o", color=ACCENT, ms=11, mfc="none")
+    if pulls:
+        panels[1].bar([pull.stage for pull in pulls], [pull.rate for pull in pulls], color=OTHER, width=0.6)
+        panels[1].set(ylabel="relative gradient\n(the largest is 1)", ylim=(0, 1.05))
+    panels[-1].set_xlabel("stage, from the stem on")
+    panels[-1].set_xticks(stages)
+    for axes in panels:
         axes.grid(alpha=0.25, axis="y")
         axes.spines[["top", "right"]].set_visible(False)
-    upper.set_title(title.replace("$", r"\$"), loc="left", fontsize=11)
+    panels[0].set_title(title.replace("$", r"\$"), loc="left", fontsize=11)
     return svg(figure, "suggest")
 
 
