@@ -27,6 +27,7 @@ from freezeplan.training.compare_command import compare_plans
 from freezeplan.training.costs import costs, flops_by_stage
 from freezeplan.training.evidence import Budget, Evidence, with_gradients
 from freezeplan.training.gradients import Pull, auto_rgn, fit_head, relative_gradient_norms, scored
+from freezeplan.training.parts import in_parts
 from freezeplan.training.photos import read_photos
 from freezeplan.training.probe import (
     Depth,
@@ -646,6 +647,21 @@ def test_the_validation_images_are_no_part_of_it(tmp_path, photos, whole):
         compare_plans(["full"], **given)
 
     assert whole[1]["trials"]
+
+
+@pytest.mark.parametrize(("images", "sizes"), [(1000, [15, 12, 15]), (4, [3, 3])], ids=["many", "two-a-class"])
+def test_every_image_is_held_out_once_and_every_part_has_every_class(photos, images, sizes):
+    data = fewer(read_photos(photos), images, seed=0)
+
+    parts = in_parts(data, SHORT, 0, MODEL, lambda done, count: None)
+
+    assert [len(rows) for rows in parts.rows] == sizes
+    assert sorted(torch.cat(parts.rows).tolist()) == list(range(len(data.train)))
+    for part, rows in enumerate(parts.rows):
+        found = parts.holding_out(part)
+        assert torch.equal(found.held_out.images, parts.images.images[rows])
+        assert len(found.train.labels) == len(data.train) - len(rows)
+        assert set(found.held_out.labels.tolist()) == set(found.train.labels.tolist()) == {0, 1, 2}
 
 
 def test_fewer_images_are_of_every_class(photos):
