@@ -56,7 +56,9 @@ class Budget:
             'skipped, about 7 s needed and 6 s of the budget left'
         """
         left = self.left
-        return f"skipped, about {needed:.0f} s needed and {max(0.0, left):.0f} s of the budget left" * (needed > left)
+        if needed <= left:
+            return ""
+        return f"skipped, about {needed:.0f} s needed and {max(0.0, left):.0f} s of the budget left"
 
 
 @dataclass(frozen=True)

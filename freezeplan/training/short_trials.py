@@ -75,11 +75,13 @@ def try_out(
     said: dict[str, str] = {}
     not_again = ""
 
-    def needed(job: Job, part: int) -> float:
-        if read_trial(_folder(folder, part) / f"{job.name}.json") is not None:
-            return 0.0
-        own = [trial.seconds for some in found for trial in some if trial.plan == job.plan]
-        return max(own) if own else costs.get(job.plan, 0.0)
+    def short_of(jobs: Sequence[Job], part: int) -> str:
+        seconds = []
+        for job in jobs:
+            if read_trial(_folder(folder, part) / f"{job.name}.json") is None:
+                own = [trial.seconds for some in found for trial in some if trial.plan == job.plan]
+                seconds.append(max(own) if own else costs.get(job.plan, 0.0))
+        return budget.short_of(sum(seconds)) if seconds else ""
 
     def train(job: Job, part: int, photos: Photos) -> None:
         where = _folder(folder, part)
@@ -89,25 +91,25 @@ def try_out(
             said[job.plan] = f"trial of {job.name}: failed, {failed[job].splitlines()[0]}"
 
     first = parts.holding_out(0)
-    pair: list[Job] = []
     for jobs in rounds(list(plans), rates, seed):
         for job in jobs:
             if job.plan in said:
                 continue
-            if short := budget.short_of(needed(job, 0)):
+            if short := short_of([job], 0):
                 tried = any(trial.plan == job.plan for trial in found[0])
                 said[job.plan] = f"trials of {job.plan}{f' from lr {job.lr:g} on' if tried else ''}: {short}"
             else:
                 train(job, 0, first)
         pair, not_again = [Job(place.plan, place.lr, seed) for place in rank(found[0])[:2]], ""
-        for part in range(1, len(parts) if len(pair) == 2 else 1):
-            left = [job for job in pair if _trial(found[part], job) is None]
-            if short := budget.short_of(sum(needed(job, part) for job in left)):
+        for part in range(1, len(parts)) if len(pair) == 2 else ():
+            left = [job for job in pair if not any((one.plan, one.lr) == (job.plan, job.lr) for one in found[part])]
+            if short := short_of(left, part):
                 not_again = f"{pair[0].plan} and {pair[1].plan} with other images held out: {short}"
                 break
-            photos = parts.holding_out(part) if left else first
-            for job in left:
-                train(job, part, photos)
+            if left:
+                photos = parts.holding_out(part)
+                for job in left:
+                    train(job, part, photos)
     again = tuple(tuple(some) for some in found[1:] if some)
     return Tried(tuple(found[0]), again, (*said.values(), *([not_again] if not_again else [])))
 
@@ -161,7 +163,3 @@ def joined(trials: Sequence[Trial]) -> Trial:
 
 def _folder(folder: Path, part: int) -> Path:
     return folder / f"part {part + 1}" if part else folder
-
-
-def _trial(trials: Sequence[Trial], job: Job) -> Trial | None:
-    return next((trial for trial in trials if (trial.plan, trial.lr) == (job.plan, job.lr)), None)

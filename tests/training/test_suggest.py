@@ -330,14 +330,14 @@ class ThreeParts:
 def spending(monkeypatch, tmp_path):
     """Run the trials by a clock that only they move; returns what was tried, with part 0 held out and with others."""
 
-    def run(budget: float, seconds: float, errors: dict[str, float] = ERRORS):
+    def run(budget: float, seconds: float, kept: bool = False):
         clock, again = Clock(), []
 
         def compare(jobs, _comparison, part, *_, **__):
             clock.now += seconds
             if part:
                 again.append((jobs[0].plan, jobs[0].lr, part))
-            return [trial(jobs[0], errors[jobs[0].plan] + 0.01 * jobs[0].lr + 0.1 * part, seconds=seconds)], {}
+            return [trial(jobs[0], ERRORS[jobs[0].plan] + 0.01 * jobs[0].lr + 0.1 * part, seconds=seconds)], {}
 
         monkeypatch.setattr(short_trials, "compare", compare)
         limit = Budget(budget, clock)
@@ -345,7 +345,7 @@ def spending(monkeypatch, tmp_path):
             PLANS, ThreeParts(), Comparison({}, SHORT, MODEL, None, 3), limit, Silent(), folder=tmp_path, seed=0,
             costs=dict.fromkeys(PLANS, seconds), rates=(1.0, 2.0),
         )  # fmt: skip
-        assert limit.left >= 0
+        assert kept or limit.left >= 0
         return tried, [(one.plan, one.lr) for one in tried.trials], again
 
     return run
@@ -362,6 +362,14 @@ def test_the_budget_is_spent_on_cheap_plans_first_and_what_is_skipped_is_said(sp
         "left",
     )
     assert (again, tried.again) == ([], ())
+
+
+def test_trials_that_are_there_need_no_budget(spending, monkeypatch):
+    monkeypatch.setattr(short_trials, "read_trial", lambda path: path)
+
+    tried, order, again = spending(budget=0, seconds=10, kept=True)
+
+    assert (len(set(order)), len(again), tried.skipped) == (8, 4, ())
 
 
 def test_no_trial_starts_that_the_budget_does_not_allow(spending):
@@ -464,7 +472,7 @@ def test_costs_count_what_a_plan_computes():
 
 
 def test_flops_of_stages_are_those_of_the_convolutions():
-    """The stem of test_resnet by hand; what the stages have together is the whole model's but for the head's."""
+    """All stages together have what the whole model has but for its head."""
     model = blank(MODEL, 3)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
@@ -600,8 +608,8 @@ def test_what_is_printed_is_what_was_measured_and_the_command_that_goes_on(whole
         shown = f"{depth['stage']} {depth['channels']} {100 * depth['error']:.1f} {100 * depth['spread']:.1f} "
         assert f" {shown}" in text
     assert found["sentence"] in text
-    assert "42 training images in 3 parts, of which one is held out, 3 classes; " in text
-    assert "; the validation images were not read" in text
+    data = "42 training images in 3 parts, of which one is held out, 3 classes; the validation images were not read"
+    assert data in text
     command = next(line for line in out.splitlines() if line.startswith("freezeplan compare "))
     assert command == (
         f"freezeplan compare {folder / 'suggested.yaml'} --model {MODEL} --data {photos} --weights random "
