@@ -29,7 +29,7 @@ from freezeplan.training.compare_report import FILES, percent, print_ranking, wr
 from freezeplan.training.halving import compare_by_halves, said
 from freezeplan.training.on_ray import on_ray
 from freezeplan.training.photos import read_photos
-from freezeplan.training.ranking import Trial, rank
+from freezeplan.training.ranking import Trial, rank, without_images
 from freezeplan.training.settings import Amp, Settings
 from freezeplan.training.train import Epoch
 from freezeplan.training.trials import Comparison, Job, one_by_one
@@ -148,7 +148,7 @@ def compare_plans(
     results = {
         "facts": facts,
         "settings": asdict(chosen),
-        "trials": [{key: value for key, value in asdict(trial).items() if key != "wrong"} for trial in trials],
+        "trials": [without_images(trial) for trial in trials],
         "stopped": stopped,
         "failed": {job.name: message for job, message in failed.items()},
     }

@@ -12,6 +12,7 @@ from freezeplan import Plan, resolve_plan
 from freezeplan.cache.calls import undisturbed
 from freezeplan.model.describer import describe
 from freezeplan.training.evidence import Evidence
+from freezeplan.training.probe import stage_modules
 from freezeplan.training.trials import Comparison, Photos
 from freezeplan.training.weights import blank
 
@@ -65,9 +66,10 @@ def flops_by_stage(model: nn.Module, image_size: int) -> Mapping[int, int]:
     counts = {name: sum(by_op.values()) for name, by_op in counter.get_flop_counts().items()}
     found: dict[int, int] = {}
 
+    whole = stage_modules(model, description)
+
     def add(name: str, module: nn.Module) -> None:
-        stages = {description.stages.get(tensor) for tensor in description.below.get(name, ())}
-        stage = stages.pop() if len(stages) == 1 else None
+        stage = whole.get(id(module))
         if stage is not None:
             found[stage] = found.get(stage, 0) + counts.get(f"{type(model).__name__}.{name}", 0)
             return

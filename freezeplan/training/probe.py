@@ -68,7 +68,7 @@ def stage_features(model: nn.Module, description: Description, batches: Iterable
         >>> tuple(found.head.shape)
         (2, 96)
     """
-    ends, classifier = _ends(model, description), linear_head(model, description)
+    ends, classifier = stage_modules(model, description), linear_head(model, description)
     nhwc = any(getattr(model.get_submodule(part.name), "output_fmt", "") == "NHWC" for part in description.parts)
     stages: dict[int, list[Tensor]] = {}
     head: list[Tensor] = []
@@ -109,7 +109,7 @@ def stage_features(model: nn.Module, description: Description, batches: Iterable
     return Features(whole, kept if kept is not None and len(kept) == images else None)
 
 
-def _ends(model: nn.Module, description: Description) -> dict[int, int | None]:
+def stage_modules(model: nn.Module, description: Description) -> dict[int, int | None]:
     """``id`` of each module whose tensors are all in one stage -> that stage; None for what has none (the head).
 
     Modules without parameters are not in it: they follow what came before. Nor are those that hold several stages.

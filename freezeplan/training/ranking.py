@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,6 +167,11 @@ def _interval(samples: Tensor) -> tuple[float, float]:
     edges = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=samples.dtype)
     low, high = samples.quantile(edges).tolist()
     return low, high
+
+
+def without_images(trial: Trial) -> dict[str, Any]:
+    """Return a trial as data for JSON, without what it had of each image."""
+    return {key: value for key, value in asdict(trial).items() if key != "wrong"}
 
 
 def as_rows(places: Sequence[Place]) -> list[Mapping[str, object]]:

@@ -22,7 +22,7 @@ from freezeplan.plan.dump import dump
 from freezeplan.training.compare_report import ACCENT, OTHER, percent, print_ranking, svg
 from freezeplan.training.evidence import Evidence
 from freezeplan.training.probe import carries_to
-from freezeplan.training.ranking import Place, Trial, as_rows
+from freezeplan.training.ranking import Place, as_rows, without_images
 from freezeplan.training.short_trials import on_all_parts
 from freezeplan.training.suggest import PROBE, Suggestion
 
@@ -218,10 +218,6 @@ def _span(stages: Sequence[int]) -> str:
     return f"stage {stages[0]}" if len(stages) == 1 else f"stages {stages[0]} to {stages[-1]}"
 
 
-def _figures(trial: Trial) -> dict[str, Any]:
-    return {key: value for key, value in asdict(trial).items() if key != "wrong"}
-
-
 def as_data(found: Suggestion) -> Mapping[str, Any]:
     """Return a suggestion as data for JSON: evidence, candidates, trials, ranking, decision."""
     return {
@@ -230,8 +226,8 @@ def as_data(found: Suggestion) -> Mapping[str, Any]:
         "gradient_batches": found.evidence.batches,
         "skipped": [*found.evidence.skipped, *found.tried.skipped],
         "dropped": {one.name: one.dropped for one in found.candidates if one.dropped},
-        "trials": [_figures(trial) for trial in found.tried.trials],
-        "again": [[_figures(trial) for trial in some] for some in found.tried.again],
+        "trials": [without_images(trial) for trial in found.tried.trials],
+        "again": [[without_images(trial) for trial in some] for some in found.tried.again],
         "ranking": as_rows(found.places),
         "plan": found.decision.plan,
         "lr": found.decision.lr,

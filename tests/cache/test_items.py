@@ -223,7 +223,7 @@ def test_a_phase_without_features_gives_all_images_of_an_item(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [pytest.param("own", marks=pytest.mark.slow), "TimmWrapper"])
+@pytest.mark.parametrize("kind", ["own", "TimmWrapper"])
 @pytest.mark.filterwarnings("ignore")  # the package's own
 def test_transformers_trainer_trains_on_features(tmp_path: Path, kind: str) -> None:
     """The losses are those of the same training on images."""

@@ -118,8 +118,8 @@ def by_hand(
     [
         ("test_resnet", True, "torch"),
         ("test_vit", False, "any"),
-        *(pytest.param("test_resnet", False, kind, marks=pytest.mark.slow) for kind in ("torch", "any")),
-        *(pytest.param("test_vit", True, kind, marks=pytest.mark.slow) for kind in ("torch", "any")),
+        *(pytest.param("test_resnet", False, kind) for kind in ("torch", "any")),
+        *(pytest.param("test_vit", True, kind) for kind in ("torch", "any")),
     ],
 )
 def test_an_epoch_gives_the_weights_of_the_plain_loop(
@@ -143,7 +143,6 @@ def test_an_epoch_gives_the_weights_of_the_plain_loop(
     [pytest.param(BY_EPOCH, 1, id="epoch"), pytest.param(BY_PLATEAU, 3, id="plateau")],
 )
 @pytest.mark.parametrize("restore", [False, True], ids=["found", "restored"])
-@pytest.mark.slow
 def test_phases_are_those_of_the_plain_loop_and_a_run_resumes_in_the_second(
     plan: Any, second: int, restore: bool, plain: Any, tmp_path: Path
 ) -> None:
@@ -172,7 +171,6 @@ def test_phases_are_those_of_the_plain_loop_and_a_run_resumes_in_the_second(
         assert plain.difference(whole.timm_model.state_dict(), again.timm_model.state_dict()) <= 1e-6
 
 
-@pytest.mark.slow
 def test_a_run_stopped_within_an_epoch_of_phase_two_goes_on_to_the_same(plain: Any, tmp_path: Path) -> None:
     """The Trainer skips what of the epoch was seen; the phase is that of the epoch."""
     settings = {"save_strategy": "steps", "save_steps": 5}
@@ -344,9 +342,9 @@ SCORE = {
     ("plan", "stop"),
     [
         pytest.param(PARTLY, None, id="no phases"),
-        pytest.param(SCORE, 4, id="plateau", marks=pytest.mark.slow),
-        *(pytest.param(BY_EPOCH, stop, id=f"epoch-{stop}", marks=pytest.mark.slow) for stop in (None, 1, 2)),
-        *(pytest.param(SCORE, stop, id=f"plateau-{stop}", marks=pytest.mark.slow) for stop in (None, 2, 3)),
+        pytest.param(SCORE, 4, id="plateau"),
+        *(pytest.param(BY_EPOCH, stop, id=f"epoch-{stop}") for stop in (None, 1, 2)),
+        *(pytest.param(SCORE, stop, id=f"plateau-{stop}") for stop in (None, 2, 3)),
     ],
 )
 def test_accelerate_is_the_plain_loop(plan: Any, stop: int | None, plain: Any, tmp_path: Path) -> None:

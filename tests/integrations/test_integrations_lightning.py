@@ -102,8 +102,8 @@ def by_hand(plan: Any, plain: Any, epochs: int, name: str = "test_resnet", sched
     ("name", "scheduler"),
     [
         ("test_resnet", "torch"),
-        pytest.param("test_resnet", "any", marks=pytest.mark.slow),
-        pytest.param("test_vit", "torch", marks=pytest.mark.slow),
+        ("test_resnet", "any"),
+        ("test_vit", "torch"),
         ("test_vit", "any"),
     ],
 )
@@ -124,11 +124,9 @@ def test_an_epoch_gives_the_weights_of_the_plain_loop(name: str, scheduler: str,
 
 @pytest.mark.parametrize(
     ("plan", "second"),
-    [pytest.param(BY_EPOCH, 1, id="epoch", marks=pytest.mark.slow), pytest.param(BY_PLATEAU, 3, id="plateau")],
+    [pytest.param(BY_EPOCH, 1, id="epoch"), pytest.param(BY_PLATEAU, 3, id="plateau")],
 )
-@pytest.mark.parametrize(
-    "where", [pytest.param(True, id="train-end", marks=pytest.mark.slow), pytest.param(False, id="validation-end")]
-)
+@pytest.mark.parametrize("where", [pytest.param(True, id="train-end"), pytest.param(False, id="validation-end")])
 def test_phases_are_those_of_the_plain_loop_and_a_run_resumes_in_the_second(
     plan: Any, second: int, where: bool, plain: Any, tmp_path: Path
 ) -> None:
