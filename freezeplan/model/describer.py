@@ -152,10 +152,11 @@ def describe(found: nn.Module | names.Live, *, asked: Collection[str] | None = N
 def _place(live: names.Live, *, depth: bool) -> tuple[_Placed, ...]:
     """Find the parts, read what timm knows of them, and say which tensors are whose: of several the first part's."""
     found: list[_Placed] = []
+    first_name = live.first_name
     for part in find_parts(live):
         inside = names.survey(part.module) if part.name else live
         facts = read_part(part, inside, depth=depth)
-        tensors: dict[str, str | None] = {live.first_name[i]: name for i, name in inside.first_name.items()}
+        tensors: dict[str, str | None] = {first_name[i]: name for i, name in inside.first_name.items()}
         if part.is_cut:
             known = facts.tensors if facts else {}
             there = {first: part.in_source(name or "", known) for first, name in tensors.items()}
@@ -195,9 +196,9 @@ def _exponents(parts: Iterable[_Placed], outside: bool) -> Iterator[tuple[str, i
 def _positions(parts: Iterable[_Placed]) -> Iterator[str]:
     for placed in parts:
         ahead = len(placed.part.name) + 1 if placed.part.name else 0
-        split = {name: (there or name[ahead:]).split(".") for name, there in placed.tensors.items()}
-        called = set(filter(_POSITION.fullmatch, set().union(*split.values())))
-        yield from (name for name, components in split.items() if not called.isdisjoint(components))
+        read = {name: there or name[ahead:] for name, there in placed.tensors.items()}
+        if called := set(filter(_POSITION.fullmatch, set(".".join(read.values()).split(".")))):
+            yield from (name for name, there in read.items() if not called.isdisjoint(there.split(".")))
 
 
 def _listed(live: names.Live, parts: Collection[_Placed], outside: Collection[str]) -> frozenset[str]:
@@ -257,8 +258,8 @@ def _modules(inner: Mapping[str, nn.Module]) -> Iterator[Module]:
     for name in first_name.values():
         module = inner[name]
         cls: Any = type(module)
-        caches = "attention_bias_cache" in module.__dict__
-        yield Module(name, _types(cls), aliases.get(name, ()), _random(module, cls), caches)
+        random = _random(module, cls) if _may_draw(cls) else ""
+        yield Module(name, _types(cls), aliases.get(name, ()), random, "attention_bias_cache" in module.__dict__)
 
 
 def _owners(live: names.Live) -> Iterator[tuple[str, str]]:
@@ -294,13 +295,16 @@ def _types(cls: Any) -> tuple[str, ...]:
 def _random(module: nn.Module, cls: Any) -> str:
     """What a module draws at random in train mode: dropout modules, and classes that call dropout on their own."""
     called = module.__dict__ if "Drop" in cls.__name__ else _drops(cls)
-    if not called:
-        return ""
     rates = {key: value for key in called if isinstance(value := module.__dict__.get(key), float) and value > 0}
     if not rates or not _draws(cls):
         return ""
     key, rate = max(rates.items(), key=lambda item: item[1])
     return f"{cls.__name__} {key}={rate:g}"
+
+
+@functools.cache
+def _may_draw(cls: Any) -> bool:
+    return "Drop" in cls.__name__ or bool(_drops(cls))
 
 
 @functools.cache
@@ -333,7 +337,7 @@ def _norms(inner: Mapping[str, nn.Module], first_name: Mapping[int, str]) -> Ite
         own = [parameter for parameter in module._parameters.values() if parameter is not None]
         if (
             (not module._modules or len(own) == len(list(module.parameters())))
-            and all(parameter.ndim == 1 for parameter in own)
+            and not [parameter for parameter in own if parameter.ndim != 1]
             and (own or isinstance(module, nn.modules.batchnorm._NormBase))
         ):
             yield from (first_name[id(parameter)] for parameter in own)

@@ -119,12 +119,12 @@ class Live:
     """What ``walk`` returns: names as torch has them."""
     parameters: dict[str, list[nn.Parameter]]
     """Canonical name -> its parameters: one, or several where a parametrization holds the parts of one."""
-    modules: dict[str, list[nn.Module]]
-    """Canonical name -> its modules: one, or several where wrappers stand around it; the root under ``""``."""
     inner: dict[str, nn.Module]
     """Canonical name -> the module itself, without wrappers and without what a parametrization adds to it."""
     buffers: dict[str, list[Tensor]]
     """Canonical name -> its persistent buffers. Others are derived from the rest and may be rebuilt."""
+    own: Collection[str]
+    """Names of modules that are called like a wrapper's and are the model's own."""
 
     @cached_property
     def first_name(self) -> Mapping[int, str]:
@@ -133,6 +133,11 @@ class Live:
         for name, held in self.parameters.items():
             found.setdefault(id(held[0]), name)
         return found
+
+    @cached_property
+    def modules(self) -> Mapping[str, list[nn.Module]]:
+        """Canonical name -> its modules: one, or several where wrappers stand around it; the root under ``""``."""
+        return _grouped((canonical_module(name, self.own), module) for name, module in self.walked)
 
 
 def survey(model: nn.Module) -> Live:
@@ -149,43 +154,32 @@ def survey(model: nn.Module) -> Live:
     own = called_module(walked) if special else frozenset()
     parameters, buffers = _held(walked)
     if own.issuperset(special):
-        return Live(
-            model,
-            walked,
-            {name: [parameter] for name, parameter in parameters},
-            {name: [module] for name, module in walked},
-            dict(walked),
-            {name: [buffer] for name, buffer in buffers},
-        )
+        return Live(model, walked, parameters, dict(walked), buffers, own)
     inner: dict[str, nn.Module] = {}
     for name, module in walked:
         if "parametrizations" not in name.split("."):
             inner[canonical_module(name, own)] = module  # of a module and the wrappers around it, the innermost is last
-    return Live(
-        model,
-        walked,
-        _grouped((canonical(name, own), parameter) for name, parameter in parameters),
-        _grouped((canonical_module(name, own), module) for name, module in walked),
-        inner,
-        _grouped((canonical(name, own), buffer) for name, buffer in buffers),
-    )
+    return Live(model, walked, _canonical(parameters, own), inner, _canonical(buffers, own), own)
 
 
-def _held(
-    walked: Sequence[tuple[str, nn.Module]],
-) -> tuple[list[tuple[str, nn.Parameter]], list[tuple[str, Tensor]]]:
-    """The parameters and the persistent buffers of what ``walk`` found, under all of their names."""
-    parameters: list[tuple[str, nn.Parameter]] = []
-    buffers: list[tuple[str, Tensor]] = []
+def _held(walked: Iterable[tuple[str, nn.Module]]) -> tuple[dict[str, list[nn.Parameter]], dict[str, list[Tensor]]]:
+    """The parameters and the persistent buffers of what ``walk`` found, by torch's names, each one by itself."""
+    parameters: dict[str, list[nn.Parameter]] = {}
+    buffers: dict[str, list[Tensor]] = {}
     for name, module in walked:
         below = f"{name}." if name else ""
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                parameters.append((below + key, parameter))
+                parameters[below + key] = [parameter]
         for key, buffer in module._buffers.items():
             if buffer is not None and key not in module._non_persistent_buffers_set:
-                buffers.append((below + key, buffer))
+                buffers[below + key] = [buffer]
     return parameters, buffers
+
+
+def _canonical(held: Mapping[str, list[T]], own: Collection[str]) -> dict[str, list[T]]:
+    """The same by canonical names: what a parametrization made of one parameter is together."""
+    return _grouped((canonical(name, own), item) for name, items in held.items() for item in items)
 
 
 def parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -198,7 +192,7 @@ def parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return survey(model).parameters
 
 
-def modules(model: nn.Module) -> dict[str, list[nn.Module]]:
+def modules(model: nn.Module) -> Mapping[str, list[nn.Module]]:
     """Return canonical name -> its live modules; see ``Live``.
 
     Examples:

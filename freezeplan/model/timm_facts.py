@@ -190,8 +190,9 @@ def read(live: names.Live, *, depth: bool = True) -> Facts:
         ModelError: If a ``group_matcher`` that is not timm's raises.
     """
     model = live.root
-    tensors = {name: live.first_name[id(held[0])] for name, held in live.parameters.items()}
-    ordered = tuple(live.first_name.values())
+    first_name = live.first_name
+    tensors = {name: first_name[id(held[0])] for name, held in live.parameters.items()}
+    ordered = tuple(first_name.values())
     head = find_classifier(live)
     virtual = () if head else tuple(f"{name}.weight" for name in _entries(model, "classifier"))
     found, layers, last, unplaced = _depth(live, ordered, head, virtual) if depth else ({}, {}, 0, frozenset())
