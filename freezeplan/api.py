@@ -6,7 +6,7 @@ import gc
 import itertools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from freezeplan.errors import ApplyError, FreezePlanWarning
 from freezeplan.lifetime import ATTRIBUTE, LIVE
 from freezeplan.model import describer, names
 from freezeplan.plan.load import PlanLike, load_plan
-from freezeplan.resolve.resolution import Resolution
+from freezeplan.resolve.resolution import Resolution, RuleUse
 from freezeplan.resolve.resolver import resolve
 
 
@@ -84,12 +84,14 @@ def apply_plan(
     Raises:
         PlanError: If the plan is not valid or does not fit the model.
         ApplyError: If another plan is live on the model or on modules of it, ``lr``, ``weight_decay`` or ``epochs`` is
-            needed and missing, a tensor's rate differs between phases and the scheduler is not ``any``, or what is
-            trained did not require a gradient when it was wrapped in DistributedDataParallel for several processes.
+            needed and missing, or has no possible value, a tensor that would be trained cannot be, a tensor's rate
+            differs between phases and the scheduler is not ``any``, or what is trained did not require a gradient when
+            it was wrapped in DistributedDataParallel for several processes.
         ModelError: If ``reinit`` is asked for and the model cannot be created anew.
 
     Warns:
-        FreezePlanWarning: Where a rule that is no catch-all decided less than half of what it matched.
+        FreezePlanWarning: Where a rule that is no catch-all decided less than half of what it matched; where a
+            catch-all or the default trains what had ``requires_grad=False``.
 
     Examples:
         >>> from freezeplan.model import create_model
@@ -115,15 +117,21 @@ def apply_plan(
         )
     _check_alone(live)
     freeze.check_groups(resolution, lr=lr, weight_decay=weight_decay, scheduler=scheduler)
-    phases.phase_at(resolution.plan.phases, phases.Progress(), epochs)
+    phases.check_epochs(resolution.plan.phases, epochs)
+    freeze.check_trainable(live, resolution)
     processes.check_wrapped(model, live, resolution)
+    before = freeze.remember(live)
+    flags = before.requires_grad if other is None else other._before.requires_grad
+    for sentence in (*map(_weak, resolution.weak), *_thawed(resolution, flags)):
+        warnings.warn(sentence, FreezePlanWarning, stacklevel=2)  # before anything changes: it may be made an error
     freeze.reinitialise(live, resolution, torch.initial_seed())
     if other is not None:
         other.undo()
+        before = freeze.remember(live)
     handle = AppliedPlan(
         live.root,
         resolution,
-        freeze.remember(live),
+        before,
         lr=lr,
         weight_decay=weight_decay,
         scheduler=scheduler,
@@ -134,9 +142,29 @@ def apply_plan(
     live.root.__dict__[ATTRIBUTE] = handle
     LIVE.add(handle)
     handle._guard.watch(itertools.chain(*live.parameters.values()))
-    for use in resolution.weak:
-        warnings.warn(": ".join(filter(None, (use.where, use.warning))), FreezePlanWarning, stacklevel=2)
     return handle
+
+
+def _weak(use: RuleUse) -> str:
+    return ": ".join(filter(None, (use.where, use.warning)))
+
+
+def _thawed(resolution: Resolution, flags: Mapping[str, Sequence[bool]]) -> Iterator[str]:
+    """What a catch-all or the default trains although other code had switched its gradient off."""
+    found: dict[str, str] = {}
+    for part in resolution.parts:
+        everything = {use.number: use.text for use in part.uses if use.everything} | {None: "the plan's default"}
+        for row in part.trained:
+            if row.rule in everything and not any(flags.get(row.name, (True,))):
+                by = f"rule {row.rule} ({everything[row.rule]})" if row.rule else everything[None]
+                found.setdefault(row.name, by)
+    if found:
+        name, by = next(iter(found.items()))
+        tensors = "1 tensor" if len(found) == 1 else f"{len(found)} tensors"
+        yield (
+            f"{by} trains {tensors} that had requires_grad=False before, such as {name!r}: if the model fixes "
+            f"{'it' if len(found) == 1 else 'them'}, put {{match: {name}, frozen: true}} above"
+        )
 
 
 def _check_alone(live: names.Live) -> None:

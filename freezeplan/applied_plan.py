@@ -218,12 +218,21 @@ class AppliedPlan(Lifetime):
         ``requires_grad`` once.
 
         Raises:
-            ApplyError: If the state belongs to another plan.
+            ApplyError: If the state belongs to another plan; its name and description may differ.
         """
         self._check_live()
-        if load_plan(state["plan"]) != self.plan:
-            raise ApplyError(f"this state belongs to another plan than {self.plan.title!r}")
-        self._progress = phases.Progress.from_dict(state["progress"])
+        try:
+            given, progress = load_plan(state["plan"]), phases.Progress.from_dict(state["progress"])
+        except (KeyError, TypeError) as error:
+            raise ApplyError(
+                "this is no state of a plan", notes=["applied.load_state_dict takes what applied.state_dict() returned"]
+            ) from error
+        theirs, ours = (plan.model_dump(exclude={"name", "description"}) for plan in (given, self.plan))
+        if differing := [key for key in ours if theirs[key] != ours[key]]:
+            raise ApplyError(
+                f"this state belongs to another plan than {self.plan.title!r}: they differ in {', '.join(differing)}"
+            )
+        self._progress = progress
         self._enter()
 
     def seal(self, *, copy: bool = False) -> None:

@@ -131,6 +131,28 @@ def restore(live: names.Live, before: Before) -> None:
             empty_cache(module)
 
 
+def check_trainable(live: names.Live, resolution: Resolution) -> None:
+    """Refuse to train what torch gives no gradient: whole numbers, and tensors of inference mode.
+
+    Raises:
+        ApplyError: Naming the first such tensor that a phase trains.
+    """
+    for part in resolution.parts:
+        for row in part.trained:
+            for parameter in live.parameters[row.name]:
+                if parameter.is_inference():
+                    raise ApplyError(
+                        f"{row.name!r} was made under torch.inference_mode() and cannot be trained",
+                        notes=["create the model outside of it"],
+                    )
+                if not (parameter.is_floating_point() or parameter.is_complex()):
+                    kind = str(parameter.dtype).removeprefix("torch.")
+                    raise ApplyError(
+                        f"{row.name!r} holds {kind} numbers, which have no gradient, and the plan trains it",
+                        notes=[f"freeze it: put {{match: {row.name}, frozen: true}} above"],
+                    )
+
+
 def set_flags(live: names.Live, resolution: Resolution) -> None:
     """Set ``requires_grad`` of every parameter, and clear the gradient of what is frozen.
 

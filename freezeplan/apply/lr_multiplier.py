@@ -18,8 +18,15 @@ from torch.utils.hooks import RemovableHandle
 from freezeplan.apply.wrapped import group_of, held_by, is_hooked
 from freezeplan.errors import ApplyError
 
+OWN_RATE = "{} chooses its own rate, as its groups have no lr: the plan's multipliers cannot act"
+GIVE_RATE = "give it a learning rate, or a plan that trains all at one rate"
+"""What to say of optimizers such as Adafactor with ``lr=None``."""
 _STEP_CODE = Optimizer.profile_hook_step(lambda: None).__code__
 """The code of torch's wrapper around every ``step``: its frame is on the stack while the step runs."""
+
+
+Factors = list[tuple[dict[str, Any], float]]
+"""The groups of an optimizer, each with its multiplier."""
 
 
 class Multiplier:
@@ -30,7 +37,8 @@ class Multiplier:
         rates: ``id`` of a parameter -> multiplier.
 
     Raises:
-        ApplyError: If a group holds parameters of different rates, or nothing that torch hooks steps a parameter.
+        ApplyError: If a group holds parameters of different rates or has no rate to multiply, or nothing that torch
+            hooks steps a parameter.
 
     Examples:
         >>> import torch
@@ -46,7 +54,7 @@ class Multiplier:
     def __init__(self, optimizers: Sequence[Any], rates: Mapping[int, float]):
         self._rates = rates
         self._optimizers: list[Optimizer] = []
-        self._factors: dict[int, list[float]] = {}
+        self._factors: dict[int, Factors] = {}
         self._hooks: list[RemovableHandle] = []
         self._scaled: list[tuple[int, dict[str, Any], Any]] = []
         """(frame of the step, group, its scheduler's rate) of each group that is multiplied now."""
@@ -115,7 +123,7 @@ class Multiplier:
         ended = {id(group) for _, group, _ in entries}
         self._scaled = [entry for entry in self._scaled if id(entry[1]) not in ended]
 
-    def _hook(self, optimizer: Optimizer, factors: list[float]) -> None:
+    def _hook(self, optimizer: Optimizer, factors: Factors) -> None:
         self._optimizers.append(optimizer)
         self._factors[id(optimizer)] = factors
         self._hooks += [
@@ -131,10 +139,10 @@ class Multiplier:
             if self._scaled:
                 self._end_failed(wrapper.f_back)  # an earlier step may have run in a frame at the same address
         factors = self._factors[id(optimizer)]
-        if len(factors) != len(optimizer.param_groups):
-            factors = self._factors[id(optimizer)] = self._group_rates(optimizer)
+        if [id(group) for group, _ in factors] != [id(group) for group in optimizer.param_groups]:
+            factors = self._factors[id(optimizer)] = self._group_rates(optimizer)  # its groups were edited
         done = [id(group) for _, group, _ in self._scaled]
-        for group, factor in zip(optimizer.param_groups, factors, strict=True):
+        for group, factor in factors:
             if factor != 1.0 and id(group) not in done:
                 self._scaled.append((step, group, group["lr"]))
                 group["lr"] = group["lr"] * factor
@@ -148,14 +156,18 @@ class Multiplier:
             ended = [entry for entry in self._scaled if id(entry[1]) in groups]
         self._restore(ended)
 
-    def _group_rates(self, optimizer: Any) -> list[float]:
-        """One multiplier a group; 1 where an optimizer that it holds steps the parameters in a group of its own."""
+    def _group_rates(self, optimizer: Any) -> Factors:
+        """Each group's multiplier; 1 where an optimizer that it holds steps the parameters in a group of its own."""
         inner = group_of(held_by(optimizer))
-        rates = [group_rate(group, self._rates) for group in optimizer.param_groups]
-        return [
-            1.0 if any(inner.get(id(p), group) is not group for p in group["params"]) else rate
-            for group, rate in zip(optimizer.param_groups, rates, strict=True)
+        factors = [
+            (group, 1.0 if any(inner.get(id(p), group) is not group for p in group["params"]) else rate)
+            for group in optimizer.param_groups
+            for rate in (group_rate(group, self._rates),)
         ]
+        for group, factor in factors:
+            if factor != 1.0 and group.get("lr") is None:
+                raise ApplyError(OWN_RATE.format(type(optimizer).__name__), notes=[GIVE_RATE])
+        return factors
 
 
 def _check_hooked(optimizer: Any, hooked: Sequence[Optimizer], rates: Mapping[int, float]) -> None:

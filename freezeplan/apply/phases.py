@@ -82,6 +82,39 @@ def _epoch(phase: Phase, epochs: int | None) -> int:
     return math.ceil(float(str(phase.until).rstrip("%")) / 100 * epochs)
 
 
+def check_epochs(phases: Sequence[Phase], epochs: int | None) -> None:
+    """Refuse a number of epochs that is none, or with which a phase would end before the one ahead of it.
+
+    Where percentages of a short training are rounded to the same epoch, the later phase is passed over.
+
+    Raises:
+        ApplyError: Saying which; and where a percentage has no number of epochs to count from.
+
+    Examples:
+        >>> check_epochs([Phase(name="head", until=5), Phase(name="top", until="10%"), Phase(name="all")], 30)
+        Traceback (most recent call last):
+        ...
+        freezeplan.errors.ApplyError: phase 'top' ends after 10% of 30 epochs, that is 3, and the one ahead ends after 5
+    """
+    if epochs is not None:
+        _check_whole("epochs", epochs, least=1)
+    ahead = 0
+    for phase in phases:
+        if phase.until is None or isinstance(phase.until, Plateau):
+            continue
+        end = _epoch(phase, epochs)
+        if end < ahead < (epochs or math.inf):
+            said = f"{phase.until} of {epochs} epochs, that is {end}," if isinstance(phase.until, str) else f"{end}"
+            raise ApplyError(f"phase {phase.name!r} ends after {said} and the one ahead ends after {ahead}")
+        ahead = end
+
+
+def _check_whole(name: str, value: object, *, least: int) -> None:
+    whole = hasattr(value, "__index__") and not isinstance(value, bool)
+    if not whole or value < least:  # type: ignore[operator]
+        raise ApplyError(f"{name} is a whole number >= {least}, found {value!r}")
+
+
 def advance(
     phases: Sequence[Phase], progress: Progress, epochs: int | None, epoch: int, metrics: Mapping[str, float]
 ) -> Progress:
@@ -98,7 +131,8 @@ def advance(
         metrics: Values measured after the epoch before it, by name.
 
     Raises:
-        ApplyError: If the current phase waits for a metric that is not given or is no number.
+        ApplyError: If the epoch is no whole number, or the current phase waits for a metric that is not given or is no
+            number.
 
     Examples:
         >>> phases = [Phase(name="head", until={"metric": "loss", "patience": 1}), Phase(name="all")]
@@ -108,6 +142,7 @@ def advance(
         >>> progress.ended
         ((0, 3),)
     """
+    _check_whole("epoch", epoch, least=0)
     if epoch == progress.epoch:
         return progress
     if epoch < progress.epoch:
@@ -132,6 +167,9 @@ def advance(
 
 
 def _metric(phase: Phase, until: Plateau, metrics: Mapping[str, float]) -> float:
+    by_name: object = metrics
+    if not isinstance(by_name, Mapping):
+        raise ApplyError(f"metrics is a mapping such as {{{until.metric!r}: 0.5}}, found {metrics!r}")
     if until.metric not in metrics:
         given = f"found {', '.join(map(repr, metrics))}" if metrics else "found none"
         raise ApplyError(
@@ -141,4 +179,7 @@ def _metric(phase: Phase, until: Plateau, metrics: Mapping[str, float]) -> float
                 f"applied.step(epoch=e, metrics={{{until.metric!r}: value}}), from the second epoch on",
             ],
         )
-    return float(metrics[until.metric])
+    try:
+        return float(metrics[until.metric])
+    except (TypeError, ValueError):
+        raise ApplyError(f"the metric {until.metric!r} is a number, found {metrics[until.metric]!r}") from None

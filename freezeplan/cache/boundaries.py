@@ -17,6 +17,7 @@ from freezeplan.cache.calls import given_together
 from freezeplan.cache.prefix import Prefix
 from freezeplan.cache.replay_proof import prove
 from freezeplan.cache.watch import watch
+from freezeplan.cache.weights import digest_of
 from freezeplan.errors import ApplyError, FreezePlanWarning
 from freezeplan.model import describer, names
 from freezeplan.resolve.resolution import Resolution
@@ -126,8 +127,9 @@ def places(
     """
 
     def boundary(cut: Cut) -> cache.Boundary:
-        key = cache.key(model, cut.part, cut.prefix, dtype, device)
-        return cache.Boundary(cut.prefix, directory / key, _about(resolution, cut, dtype))
+        weights = digest_of(model, cut.part)
+        key = cache.key(model, weights, cut.prefix, dtype, device)
+        return cache.Boundary(cut.prefix, directory / key, weights, _about(resolution, cut, dtype))
 
     found = {one.folder: one for one in map(boundary, cuts.kept)}
     other = after is not None and _frozen(after.part) < _frozen(cuts.kept[0].part)

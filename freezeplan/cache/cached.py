@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from freezeplan.cache import boundaries, fill, items, key, reader, replay, store
+from freezeplan.cache import boundaries, fill, items, key, reader, replay, store, weights
 from freezeplan.cache.calls import given_together, undisturbed
 from freezeplan.cache.features import Features, Images
 from freezeplan.cache.memory import FeatureDtype, Keep
@@ -136,6 +136,7 @@ def cached(
                 features.difference = key.check_stored(features, fresh, plain)
                 features.repeat_difference = cuts.repeat_difference
                 features.layout, features.cut = layout, cuts.kept[0]
+                cuts.rest.watch(weights.Weights(model, cuts.kept[0].part, found[0].weights))
         finally:
             model.to(home)
             if prepare is not None:

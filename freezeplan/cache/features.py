@@ -94,9 +94,7 @@ class Features(Dataset[Any]):
                 f"an item is one image's, by its number; found a {type(index).__name__}",
                 notes=["features.batch([0, 1, 2]) gives several images' features in one tensor"],
             ) from None
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
-        row = self._row(index % len(self))
+        row = self._row(index)
         return self._item(row, self._features(row).clone())
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
@@ -144,8 +142,10 @@ class Features(Dataset[Any]):
         return self._device.type != "cpu" and os.getpid() != self._process
 
     def _row(self, index: int) -> int:
+        if not -self._count <= index < self._count:
+            raise IndexError(f"image {index} of {self._count}")
         view = int(torch.randint(self.views, ())) if self.views > 1 else 0
-        return view * self._count + index
+        return view * self._count + index % self._count
 
     def _features(self, row: int) -> Tensor:
         """A row, in host memory."""

@@ -15,24 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freezeplan.apply.frozen import frozen_values
 from freezeplan.cache.features import Features
 from freezeplan.cache.independence import largest_difference, same
 from freezeplan.cache.memory import FeatureDtype as FeatureDtype
 from freezeplan.cache.prefix import Prefix
 from freezeplan.errors import ApplyError
 from freezeplan.model import describer, names
-from freezeplan.model.digest import digest
-from freezeplan.resolve.resolution import Resolution
 
 
-def key(model: nn.Module, part: Resolution, prefix: Prefix, dtype: FeatureDtype, device: torch.device) -> str:
+def key(model: nn.Module, weights: str, prefix: Prefix, dtype: FeatureDtype, device: torch.device) -> str:
     """Return a digest of all that decides about the bits of features but the images.
 
     Frozen parameters and buffers, bit by bit; which outputs are kept; the modules' own settings; the device and the
     numbers that it computes with; the versions of torch and timm.
     """
-    found = hashlib.sha256()
     live = names.modules(model)
     facts = {
         "format": 2,  # convolutions of cached calls lie channels-last while features are computed
@@ -42,11 +38,9 @@ def key(model: nn.Module, part: Resolution, prefix: Prefix, dtype: FeatureDtype,
         "dtype": dtype,
         **arithmetic(device),
         "versions": [torch.__version__, describer.version()],
+        "weights": weights,
     }
-    found.update(json.dumps(facts).encode())
-    for name, tensors in frozen_values(model, part):
-        found.update(f"{name} {digest(tensors)}".encode())
-    return found.hexdigest()[:16]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def arithmetic(device: torch.device) -> dict[str, Any]:
@@ -95,6 +89,8 @@ class Boundary:
 
     prefix: Prefix
     folder: Path
+    weights: str
+    """The digest of what is frozen in that phase."""
     about: Mapping[str, Any]
     """What ``freezeplan cache ls`` says of them."""
 

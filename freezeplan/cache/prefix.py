@@ -81,9 +81,15 @@ class Prefix:
     size_difference: float = 0.0
     """By how much the features of an image change with the number of images in its batch, relative to the largest
     feature. A GPU chooses its kernels by shape, so their rounding differs. It is measured, and only reported."""
-
+    autocast: str = ""
+    """The type that autocast computed in when the model was watched; empty outside of autocast."""
     channels_last: bool = False
     """Whether its outputs are handed on channels-last, in whatever order they are stored."""
+
+    @property
+    def needs_autocast(self) -> bool:
+        """Whether what is stored has autocast's type, which modules outside of autocast do not take."""
+        return any(str(output.dtype) == self.autocast for call in self.stored for output in call.outputs if output.read)
 
     @property
     def stored(self) -> tuple[Call, ...]:

@@ -71,6 +71,9 @@ def check_arguments(dataset: Any, *, views: int, batch_size: int, dtype: str, ke
             f"{type(prepare).__name__}",
             notes=["torchvision.transforms.v2.Compose([...]) is one"],
         )
+    for name, number in (("views", views), ("batch_size", batch_size)):
+        if not hasattr(number, "__index__"):
+            raise ApplyError(f"{name} is a whole number > 0, found {number!r}")
     if views < 1 or batch_size < 1 or not len(dataset):
         raise ApplyError(
             f"features need at least one image, one view and one image a pass, found {len(dataset)}, {views} and "

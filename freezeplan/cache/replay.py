@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from freezeplan.cache.calls import given_together, intercepted, named, tensors
 from freezeplan.cache.independence import same
 from freezeplan.cache.prefix import Call, Output, Prefix
+from freezeplan.cache.weights import Weights
 from freezeplan.errors import ApplyError
 from freezeplan.model import names
 from freezeplan.model.sharded import is_sharded
@@ -41,6 +42,8 @@ class Rest(nn.Module):
     _frozen: list[nn.Parameter]
     _prefix: Prefix
     _first: str
+    _weights: Weights | None
+    _needs_autocast: bool
 
     def __init__(self, model: nn.Module, prefix: Prefix, together: int = 1):
         super().__init__()
@@ -51,7 +54,9 @@ class Rest(nn.Module):
         self.__dict__["_first"] = first.name if first is not None and first.kind in _NAMED else ""
         self.__dict__["_parts"] = _parts(model, prefix)
         self.__dict__["_frozen"] = [p for found in self._parts.values() for m in found for p in m.parameters()]
-        _adopt(self, model)
+        self.__dict__["_weights"] = None
+        self.__dict__["_needs_autocast"] = prefix.needs_autocast
+        _adopt(self, model, {part for found in self._parts.values() for module in found for part in module.modules()})
         self.training = model.training
 
     def forward(self, *given: Any, **named: Any) -> Any:
@@ -64,7 +69,8 @@ class Rest(nn.Module):
                 (``pixel_values`` in transformers).
 
         Raises:
-            ApplyError: If a parameter of the cached part is trained now, or these are no features of it.
+            ApplyError: If a parameter of the cached part is trained now or has other values than when the features
+                were computed, these are no features of it, or it runs outside of the autocast that they need.
         """
         by_name = not given and self._first in named
         if not given and not by_name:
@@ -82,12 +88,26 @@ class Rest(nn.Module):
                 "what these features were computed with is trained now, so they are of no use",
                 notes=["after a new phase: features, rest = applied.cached(...) again"],
             )
+        if self._weights is not None and not torch.compiler.is_compiling() and self._weights.changed:
+            raise ApplyError(
+                "what is frozen has other values than when these features were computed",
+                notes=["load weights first, then: features, rest = applied.cached(...)"],
+            )
+        if self._needs_autocast and not torch.is_autocast_enabled(features.device.type):
+            raise ApplyError(
+                f"these features were computed under autocast, in {self._prefix.autocast}, and are used outside of it",
+                notes=["with torch.autocast(...): outputs = rest(features)"],
+            )
         together = given_together(self._model, self._together) if self._together > 1 else contextlib.nullcontext()
         with together, _answering(self._parts, self._prefix, features):
             images = _no_images(self._prefix, features)
             if by_name and self._together == 1:
                 return self._model(**{self._first: images}, **named)
             return self._model(images, *given[1:], **named)
+
+    def watch(self, weights: Weights) -> None:
+        """Refuse features from now on where what they were computed with is written and gets other values."""
+        self.__dict__["_weights"] = weights
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -126,18 +146,21 @@ def _answering(
     return intercepted([module for found in parts.values() for module in found], around)
 
 
-def _adopt(target: nn.Module, source: nn.Module) -> None:
-    """Register what is trained of a module, under its own names."""
+def _adopt(target: nn.Module, source: nn.Module, cached: Collection[nn.Module]) -> None:
+    """Register what is trained of a module, and buffers that may move with it, under its own names."""
     for name, parameter in source.named_parameters(recurse=False):
         if parameter.requires_grad:
             target.register_parameter(name, parameter)
+    for name, buffer in source.named_buffers(recurse=False):
+        target.register_buffer(name, buffer, persistent=name not in source._non_persistent_buffers_set)
     for name, child in source.named_children():
         trained = {parameter.requires_grad for parameter in child.parameters()}
-        if trained == {True}:
+        moving = not trained and child not in cached and any(True for _ in child.buffers())
+        if trained == {True} or moving:
             target.add_module(name, child)
         elif True in trained:
             part = nn.Module()
-            _adopt(part, child)
+            _adopt(part, child, cached)
             target.add_module(name, part)
 
 

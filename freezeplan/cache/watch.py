@@ -44,11 +44,14 @@ def watch(model: nn.Module, sample: Tensor, random: Mapping[str, str]) -> Prefix
     Raises:
         ApplyError: If the sample is no batch of at least two, or nothing in the pass requires grad.
     """
-    if sample.ndim < 1 or len(sample) < 2:
+    given: object = sample
+    if not isinstance(given, Tensor) or given.ndim < 1 or len(given) < 2:
+        found = f"the shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
         raise ApplyError(
-            f"a sample is a batch of at least two images, found the shape {tuple(sample.shape)}",
+            f"a sample is a batch of at least two images, found {found}",
             notes=["applied.prefix(next(iter(loader))[0])"],
         )
+    kind = sample.device.type
     pair, three = sample[:2], torch.cat([sample[-1:], sample[:2]])
     with undisturbed(model), same_autocast(sample.device), torch.enable_grad():
         model.train()
@@ -82,6 +85,7 @@ def watch(model: nn.Module, sample: Tensor, random: Mapping[str, str]) -> Prefix
         total_flops=flops.get_total_flops() // 2,
         behind_flops=sum(seen.records[index].flops for index in _behind(seen)) // 2,
         size_difference=difference,
+        autocast=str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "",
     )
 
 

@@ -27,7 +27,7 @@ Look = Callable[[Optimizer, str], None]
 class _Seen:
     """What an optimizer was like when it was last looked at closely."""
 
-    groups: int
+    groups: list[dict[str, Any]]
     ours: bool
     """Whether it holds a parameter that is or was the model's."""
     steps: int
@@ -84,7 +84,7 @@ class OptimizerWatcher:
     def recheck(self) -> None:
         """Look closely at each optimizer once more when it steps next; a new phase has other flags and rates."""
         for seen in self._seen.values():
-            seen.groups = -1
+            seen.groups = []
 
     def remove(self) -> None:
         """Watch no more; the last one takes the hook away."""
@@ -95,9 +95,9 @@ class OptimizerWatcher:
         if self._is_multiplied(optimizer):
             return
         seen = self._seen.get(optimizer)
-        if seen is None or seen.groups != len(optimizer.param_groups):
+        if seen is None or list(map(id, seen.groups)) != list(map(id, optimizer.param_groups)):
             steps = seen.steps if seen else 0
-            seen = _Seen(len(optimizer.param_groups), self._is_ours(optimizer), steps)
+            seen = _Seen([*optimizer.param_groups], self._is_ours(optimizer), steps)
             if seen.ours:
                 self._look(optimizer, _when(optimizer, steps))
                 if self._closely:
@@ -135,7 +135,7 @@ class OptimizerWatcher:
 
     def _flattened(self, optimizer: Optimizer, seen: _Seen) -> bool:
         groups = optimizer.param_groups
-        values = [(group["lr"], group.get("weight_decay")) for group in groups]
+        values = [(group.get("lr"), group.get("weight_decay")) for group in groups]
         for rate, decay in values:
             if isinstance(rate, torch.Tensor) or isinstance(decay, torch.Tensor):
                 return False  # to read a tensor may wait for a device: that is left to the checks between epochs

@@ -7,12 +7,14 @@ the same to all, unless it takes a list with one value a group.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch.optim import Optimizer
 
+from freezeplan.apply.lr_multiplier import GIVE_RATE, OWN_RATE
 from freezeplan.apply.wrapped import held_by
 from freezeplan.errors import ApplyError, Problem, did_you_mean
 
@@ -79,7 +81,7 @@ class Ratios:
     decays: Sequence[float | None]
     """The factor that should be in ``weight_decay``."""
 
-    def hold(self, values: Sequence[tuple[float, float | None]]) -> bool:
+    def hold(self, values: Sequence[tuple[float | None, float | None]]) -> bool:
         """Whether rates and weight decays, a pair for each group, are one base each times the factors.
 
         Examples:
@@ -87,13 +89,11 @@ class Ratios:
             >>> ratios.hold([(0.05, 0.0), (0.1, 0.4)]), ratios.hold([(0.05, 0.4), (0.1, 0.4)])
             (True, False)
         """
-        rates = [(lr, factor) for (lr, _), factor in zip(values, self.rates, strict=True) if factor is not None]
-        decays = [
-            (decay, factor)
-            for (_, decay), factor in zip(values, self.decays, strict=True)
-            if factor is not None and decay is not None
-        ]
-        return all(not pairs or alike(*map(list, zip(*pairs, strict=True))) for pairs in (rates, decays))
+        for found, wanted in zip(zip(*values, strict=True), (self.rates, self.decays), strict=False):
+            known = [(v, f) for v, f in zip(found, wanted, strict=True) if v is not None and f is not None]
+            if not alike([value for value, _ in known], [factor for _, factor in known]):
+                return False
+        return True
 
 
 def ratios(optimizer: Optimizer, rates: Mapping[int, float], decays: Mapping[int, float], kind: str) -> Ratios:
@@ -142,10 +142,11 @@ def decay_fault(optimizer: Optimizer, decays: Mapping[int, float]) -> Problem | 
 
 
 def _known(optimizer: Optimizer, rates: Mapping[int, float]) -> list[tuple[str, float, float, dict[str, Any]]]:
-    """Name, rate, multiplier and dict of each group that has one multiplier."""
+    """Name, rate, multiplier and dict of each group that has one multiplier; the rate is NaN where it has none."""
     return [
-        (str(group.get("name") or index), float(group["lr"]), known.pop(), group)
+        (str(group.get("name") or index), math.nan if lr is None else float(lr), known.pop(), group)
         for index, group in enumerate(optimizer.param_groups)
+        for lr in (group.get("lr"),)
         if len(known := _multipliers(group, rates)) == 1
     ]
 
@@ -176,6 +177,8 @@ def fault(optimizer: Optimizer, rates: Mapping[int, float], kind: str, *, steppi
     if len({factor for _, _, factor, _ in found}) < 2:
         return None
     lrs, wanted = [lr for _, lr, _, _ in found], [factor for _, _, factor, _ in found]
+    if any(map(math.isnan, lrs)):
+        return Problem(OWN_RATE.format(type(optimizer).__name__), notes=(GIVE_RATE,))
     if kind != "timm" and any("lr_scale" in group for *_, group in found):
         return Problem(
             "the optimizer's groups carry lr_scale, and their rates are multiplied already: a scheduler of timm would "

@@ -11,7 +11,9 @@ from functools import cached_property
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
+from freezeplan.errors import ModelError
 from freezeplan.model import names
 from freezeplan.model.create import create_model, model_names, version
 from freezeplan.model.description import Description, Module, Part, Tensor
@@ -95,6 +97,9 @@ def describe(found: nn.Module | names.Live, *, asked: Collection[str] | None = N
     Returns:
         Names, shapes, classes, roles. Tied weights are one tensor with several names.
 
+    Raises:
+        ModelError: If it is no module, a parameter has no shape yet, or what it says of its layers cannot be read.
+
     Examples:
         >>> model = describe(create_model("resnet18", meta=True))
         >>> sorted(model.roles["head"])
@@ -108,7 +113,7 @@ def describe(found: nn.Module | names.Live, *, asked: Collection[str] | None = N
     tied = len(live.first_name) < len(live.parameters)
     aliases = _first_names([(name, held[0]) for name, held in live.parameters.items()])[1] if tied else {}
     tensors = tuple(
-        Tensor(name, _shape(live.parameters[name]), names.owner(name), aliases.get(name, ()))
+        Tensor(name, _shape(name, live.parameters[name]), names.owner(name), aliases.get(name, ()))
         for name in live.first_name.values()
     )
     ordered = tuple(tensor.name for tensor in tensors)
@@ -247,9 +252,13 @@ def _unknown(live: names.Live, parts: Collection[_Placed], head: Collection[str]
     return unknown
 
 
-def _shape(parameters: list[nn.Parameter]) -> tuple[int, ...]:
+def _shape(name: str, parameters: list[nn.Parameter]) -> tuple[int, ...]:
     """The shape of one parameter; of a parametrized one, that of its largest part."""
     whole = parameters[0] if len(parameters) == 1 else max(parameters, key=lambda parameter: parameter.numel())
+    if isinstance(whole, UninitializedParameter):
+        raise ModelError(
+            f"{name!r} has no shape yet, as its module is lazy", notes=["run the model on one batch before the plan"]
+        )
     return tuple(whole.shape)
 
 

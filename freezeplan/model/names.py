@@ -16,6 +16,8 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from freezeplan.errors import ModelError
+
 T = TypeVar("T")
 
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -101,7 +103,16 @@ def unwrap(model: nn.Module) -> nn.Module:
         >>> inner = nn.Linear(2, 2)
         >>> unwrap(nn.DataParallel(inner)) is inner
         True
+
+    Raises:
+        ModelError: If it is no module.
     """
+    given: object = model
+    if not isinstance(given, nn.Module):
+        raise ModelError(
+            f"a model is a torch.nn.Module, found a {type(given).__name__}",
+            notes=["apply_plan(model, plan), resolve_plan(plan, model); create_model(name) makes a model of a name"],
+        )
     while True:
         children = dict(model.named_children())
         if len(children) != 1 or not _WRAPPERS.issuperset(children) or called_module(walk(model)) & children.keys():

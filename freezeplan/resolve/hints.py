@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 
 from freezeplan.model.description import Description
+from freezeplan.plan.fields import Mode
 from freezeplan.plan.schema import Plan
 from freezeplan.resolve.select import escaped, match_tensors, match_types
 
@@ -14,7 +15,7 @@ _CONTAINERS = frozenset({"Sequential", "ModuleList", "ModuleDict"})
 
 
 def find_hints(
-    plan: Plan, model: Description, lr_mult: Mapping[str, float], frozen: Collection[str]
+    plan: Plan, model: Description, lr_mult: Mapping[str, float], frozen: Collection[str], modes: Mapping[str, Mode]
 ) -> tuple[str, ...]:
     """Return one sentence for each thing that is allowed and probably not meant.
 
@@ -23,12 +24,13 @@ def find_hints(
         model: The model that it was resolved on.
         lr_mult: Trained tensor -> its multiplier.
         frozen: The frozen tensors.
+        modes: Module -> its mode while the model trains.
 
     Examples:
         >>> from freezeplan.model.description import Tensor
         >>> toy = Description("toy", (Tensor("fc.weight", (1,), "fc"),), ())
         >>> plan = Plan(version=1, rules=[{"match": "fc", "lr_mult": 0.0001}])
-        >>> find_hints(plan, toy, {"fc.weight": 0.0001}, ())[0]
+        >>> find_hints(plan, toy, {"fc.weight": 0.0001}, (), {})[0]
         'every lr_mult is below 0.01: it multiplies lr; for a rate of 1e-4 at lr 5e-4 write 0.2'
     """
     return (
@@ -40,6 +42,7 @@ def find_hints(
         *_own_classifiers(model, lr_mult),
         *_unread(model, lr_mult),
         *_stem_left_out(plan, model, lr_mult),
+        *_dropout_off(model, lr_mult, modes),
     )
 
 
@@ -152,4 +155,19 @@ def _stem_left_out(plan: Plan, model: Description, trained: Collection[str]) -> 
             yield (
                 f"stage 1{named} is frozen and the stem ahead of it is trained, such as {stem[0]!r}: to freeze both, "
                 "write the stages as ..1 and not as 1"
+            )
+
+
+def _dropout_off(model: Description, trained: Collection[str], modes: Mapping[str, Mode]) -> Iterator[str]:
+    """Dropout that follows a module which is in eval for what it owns itself, and which holds trained layers."""
+    for module in model.modules:
+        if not module.random or not module.name or modes[module.name] == "train" or model.below[module.name]:
+            continue
+        above = module.name.rpartition(".")[0]
+        own = model.own.get(above, ())
+        frozen = not any(name in trained for name in own)
+        if own and frozen and modes[above] == "eval" and any(name in trained for name in model.below[above]):
+            yield (
+                f"{module.name} ({module.random}) is off: it follows {above or model.model}, which is in eval, as "
+                f"{own[0]!r} is frozen; to have it on, put {{match: {module.name}, mode: train}} above"
             )

@@ -94,7 +94,7 @@ def _view(part: Decided, model: Description) -> Resolution:
         uses=uses,
         buffers=tuple(_buffers(model, modes, frozenset(name for name, anew in reinit.items() if anew))),
         timm_parts={part.name: part.architecture for part in model.parts if part.name},
-        hints=tuple(find_hints(plan, model, trained, frozen)),
+        hints=tuple(find_hints(plan, model, trained, frozen, modes)),
         random=tuple(
             f"{m.name or model.model}: {m.random}" for m in model.modules if m.random and modes[m.name] == "train"
         ),

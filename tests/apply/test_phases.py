@@ -416,7 +416,7 @@ def test_a_state_of_another_plan_is_refused() -> None:
     with pytest.raises(ApplyError) as error:
         apply_plan(small(), GRADUAL, lr=0.1).load_state_dict(live.state_dict())
 
-    assert str(error.value) == "this state belongs to another plan than 'gradual'"
+    assert str(error.value) == "this state belongs to another plan than 'gradual': they differ in rules, phases"
 
 
 def test_a_missing_metric_is_named() -> None:

@@ -52,6 +52,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.filterwarnings("ignore:.*had requires_grad=False before:freezeplan.errors.FreezePlanWarning")
 @pytest.mark.parametrize(("family", "entry"), CASES)
 def test_undo_leaves_a_partly_frozen_model_as_it_was(family: str, entry: dict[str, Any]) -> None:
     """The snapshot is equal before and after, with training calls, an attached optimizer and phases in between."""

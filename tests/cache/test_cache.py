@@ -350,9 +350,11 @@ TENSORS = "\n  torch.utils.data.TensorDataset(images, labels) makes one of tenso
             f"features are kept of a data set with len(dataset) and dataset[index]; found a Tensor{TENSORS}",
         ),
         (data(), {"dtype": "int8"}, "dtype is 'float32', 'float16', 'bfloat16', found 'int8'"),
+        (data(), {"batch_size": 2.0}, "batch_size is a whole number > 0, found 2.0"),
+        (data(), {"views": "2"}, "views is a whole number > 0, found '2'"),
         (data(), {"views": 0}, "features need at least one image, one view and one image a pass, found 10, 0 and 32"),
     ],
-    ids=["loader", "stream", "tensor", "dtype", "views"],
+    ids=["loader", "stream", "tensor", "dtype", "part of an image", "words", "views"],
 )
 def test_arguments_that_are_none_are_refused(live, tmp_path, dataset, arguments, message):
     """One error each, before anything is computed."""

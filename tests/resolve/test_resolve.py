@@ -423,6 +423,23 @@ HINTS = [
 ]
 
 
+def test_dropout_that_follows_a_frozen_token_is_said():
+    """A ViT owns its tokens itself, so the dropout ahead of its classifier follows them; a rule brings it back."""
+    model = create_model("test_vit", drop_rate=0.5, meta=True)
+    rules = [{"role": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}]
+    found = resolve_plan(plan_of(*rules), model)
+    alive = resolve_plan(plan_of({"match": "head_drop", "mode": "train"}, *rules), model)
+
+    assert found.hints == (
+        "head_drop (Dropout p=0.5) is off: it follows test_vit, which is in eval, as 'cls_token' is frozen; to have it "
+        "on, put {match: head_drop, mode: train} above",
+    )
+    assert found.random == ()
+    assert (alive.hints, alive.random) == ((), ("head_drop: Dropout p=0.5",))
+    assert resolve_plan("full", model).hints == ()
+    assert resolve_plan(plan_of(*rules), create_model("test_resnet", drop_rate=0.5, meta=True)).hints == ()
+
+
 @pytest.mark.parametrize(("architecture", "rules", "hints"), HINTS)
 def test_what_is_allowed_and_probably_not_meant_is_said(architecture, rules, hints):
     """A hint fails nothing and says what was probably meant."""
