@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from freezeplan.errors import PlanError, did_you_mean
-from freezeplan.importers.imported import Imported
+from freezeplan.importers.imported import Imported, refused
 from freezeplan.plan.load import read_data
 from freezeplan.plan.location import Source
 from freezeplan.plan.regex import objection
-from freezeplan.plan.schema import Phase, Plan, Plateau, Rate, Rule
+from freezeplan.plan.schema import Phase, Plateau, Rate, Rule
 
 BASE_MAX_LR = 1e-5
 """The rate of a later depth that names none: the package's own default (its ``base_max_lr``)."""
@@ -40,8 +41,13 @@ def read(path: Path, *, lr: float | None = None, monitor: str = MONITOR, patienc
 
     Raises:
         PlanError: If depths are not 0, 1, 2, ...; a ``max_transition_epoch`` is no integer, or not above that of the
-            depth before; a key is one that a plan cannot say; or later depths need ``lr`` and it was not given.
+            depth before; a key or a value is one that a plan cannot say; or later depths need ``lr`` and it was not
+            given.
     """
+    if lr is not None:
+        lr = _above_0("lr", lr, "")
+    with refused("--monitor and --patience"):
+        plateau = Plateau(metric=monitor, patience=patience)
     data, source = read_data(path)
     if not isinstance(data, dict) or set(map(str, data)) != set(map(str, range(len(data)))) or not data:
         raise PlanError("a schedule is a mapping with the depths 0, 1, 2, ... as keys", where=source.where(()))
@@ -52,22 +58,24 @@ def read(path: Path, *, lr: float | None = None, monitor: str = MONITOR, patienc
             where=source.where((depths[1][0],)),
             notes=["--lr 1e-3: the learning rate that the optimizer is made with"],
         )
-    patterns = [_patterns(key, depth, source) for key, depth in depths]
-    rates = [1.0, *(_rate(key, depth, source) / (lr or 1.0) for key, depth in depths[1:])]
-    rules = [Rule(match=found, lr_mult=float(f"{rate:.12g}")) for found, rate in zip(patterns, rates, strict=True)]
+    rules = []
+    for number, (key, depth) in enumerate(depths):
+        patterns = _patterns(key, depth, source)
+        rate = _rate(key, depth, source) / (lr or 1.0) if number else 1.0
+        with refused(source.where((key,))):
+            rules.append(Rule(match=patterns, lr_mult=float(f"{rate:.12g}")))
     phases: list[Phase] = []
     stopped: list[str] = []
     for number, (key, depth) in enumerate(depths[:-1]):
-        later = [pattern for found in patterns[number + 1 :] for pattern in found]
-        until: int | Plateau | None = _until(key, depth, phases, source)
+        later = [pattern for rule in rules[number + 1 :] for pattern in rule.match or ()]
+        until = _until(key, depth, phases, source)
         if until is None:
-            until = Plateau(metric=monitor, patience=patience)
             stopped.append(str(key))
-        phases.append(Phase(name=f"depth {key}", until=until, rules=[Rule(match=later, frozen=True)]))
+        phases.append(Phase(name=f"depth {key}", until=until or plateau, rules=[Rule(match=later, frozen=True)]))
     if phases:
         phases.append(Phase(name=f"depth {depths[-1][0]}"))
-    plan = Plan(version=1, name=path.stem, weight_decay="all", default=Rate(frozen=True), phases=phases, rules=rules)
-    return Imported(plan, _notes(stopped, monitor, patience))
+    notes = _notes(stopped, monitor, patience)
+    return Imported.of(path, notes, weight_decay="all", default=Rate(frozen=True), phases=phases, rules=rules)
 
 
 def _notes(stopped: list[str], monitor: str, patience: int) -> tuple[str, ...]:
@@ -108,14 +116,17 @@ def _pattern(text: Any, where: str) -> str:
 
 
 def _rate(key: Any, depth: dict[str, Any], source: Source) -> float:
-    value = depth.get("lr", BASE_MAX_LR)
+    return _above_0(f"lr of depth {key}", depth.get("lr", BASE_MAX_LR), source.where((key, "lr")))
+
+
+def _above_0(name: str, value: Any, where: str) -> float:
     try:
-        rate = float(value)
-    except (TypeError, ValueError):
-        rate = 0.0
-    if not rate > 0:
-        raise PlanError(f"lr of depth {key} is a number above 0, found {value!r}", where=source.where((key, "lr")))
-    return rate
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise PlanError(f"{name} is a number above 0, found {value!r}", where=where)
+    return number
 
 
 def _until(key: Any, depth: dict[str, Any], before: Sequence[Phase], source: Source) -> int | None:

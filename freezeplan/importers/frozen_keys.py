@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from freezeplan.errors import PlanError
+from freezeplan.importers.imported import refused
 from freezeplan.importers.python_config import Unread
 from freezeplan.plan.location import Loc, Source
 from freezeplan.plan.schema import Rule
@@ -57,7 +58,7 @@ def frozen_rules(data: Mapping[str, Any], source: Source) -> tuple[list[Rule], l
             elif key != "type" and _FREEZES.search(key):
                 notes.append(f"{place}: {key}={value!r} is not taken over; write a rule for what it freezes")
         elif key == "frozen_stages":
-            rules.append(Rule(**scope, stage=_stages(value, place), frozen=True))
+            rules.append(_rule(place, scope, stage=_stages(value, place), frozen=True))
             kind = str(holder.get("type", ""))
             if not _COUNTS_AS_HERE.match(kind.rpartition(".")[2]):
                 notes.append(
@@ -65,9 +66,9 @@ def frozen_rules(data: Mapping[str, Any], source: Source) -> tuple[list[Rule], l
                     "stages; see which tensors are frozen with freezeplan show"
                 )
         elif key == "norm_eval":
-            rules.append(Rule(**scope, role="norm", mode="eval"))
+            rules.append(_rule(place, scope, role="norm", mode="eval"))
         elif key == "bn_frozen" or loc[-2] == "norm_cfg":
-            rules.append(Rule(**scope, role="norm", frozen=True))
+            rules.append(_rule(place, scope, role="norm", frozen=True))
             if not _norm_eval(data, loc[:-2] if key == "requires_grad" else loc[:-1]):
                 notes.append(f"{place}: the statistics of these norms go on there; in the plan they stay as they are")
         else:
@@ -97,7 +98,12 @@ def _scope(loc: Loc) -> dict[str, Any] | None:
     path = loc[1:-1] if loc[-1] != "requires_grad" else loc[1:-2]
     if loc[0] != "model" or any(isinstance(part, int) for part in path):
         return None
-    return {"match": r"\.".join(map(str, path))} if path else {}
+    return {"match": r"\.".join(re.escape(str(part)) for part in path)} if path else {}
+
+
+def _rule(place: str, scope: Mapping[str, Any], **keys: Any) -> Rule:
+    with refused(place):
+        return Rule(**scope, **keys)
 
 
 def _stages(value: Any, place: str) -> str:

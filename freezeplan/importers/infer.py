@@ -9,6 +9,7 @@ exists.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from freezeplan.errors import ApplyError
+from freezeplan.importers.by_hand import ByHand, read, tidy
 from freezeplan.model import describer, names
 from freezeplan.model.description import Description
 from freezeplan.plan.schema import Plan, Rule
@@ -30,12 +32,15 @@ _CLOSE = 1e-9
 def infer_plan(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Plan:
     """Return a short plan that freezes and trains what a model frozen by hand does. Changes nothing.
 
-    Without an optimizer what has ``requires_grad`` is trained at rate 1. With one, what it does not hold is frozen too;
-    ``lr_mult`` is relative to its largest ``lr`` (or is ``lr_scale``, where groups carry that), ``wd_mult`` to its
-    largest ``weight_decay``. Apply the plan with these two as ``lr`` and ``weight_decay``.
+    Without an optimizer what has ``requires_grad`` is trained at rate 1. With one, what it does not hold, or holds at
+    the rate 0, is frozen too. The rate of a group is its ``initial_lr``, which a scheduler keeps there, or its ``lr``.
+    ``lr_mult`` is relative to the largest rate (or is ``lr_scale``, where groups carry that; or 1, where all have
+    ``lr=None``), ``wd_mult`` to the largest ``weight_decay`` of what is trained. Apply the plan with these two as
+    ``lr`` and ``weight_decay``.
 
     Modules with trained parameters of their own that are in eval, while the model is in train, get ``mode: eval``:
-    batch norm with frozen statistics. What is frozen and left in train is not copied: a plan puts it in eval.
+    batch norm with frozen statistics. What is frozen and left in train is not copied: a plan puts it in eval. Nor is a
+    parametrized tensor that is trained in part, such as a weight under ``weight_norm``: a plan trains it whole.
 
     Args:
         model: Any module.
@@ -45,7 +50,11 @@ def infer_plan(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
         A plan that ``resolve_plan`` has been asked about: the same flags, rates and decays, tensor by tensor.
 
     Raises:
-        ApplyError: If nothing is trained, or the optimizer holds nothing of this model.
+        ApplyError: If nothing is trained, or the optimizer holds nothing of this model, or has a rate or a weight decay
+            that a plan cannot give.
+
+    Warns:
+        FreezePlanWarning: Where a parametrized tensor is trained in part.
 
     Examples:
         >>> from freezeplan.model import create_model
@@ -56,9 +65,7 @@ def infer_plan(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
         ['stage: ..3', 'match: .*']
     """
     described = describer.describe(model)
-    found = _read(names.unwrap(model), described, optimizer)
-    if not any(rate is not None for rate in found.rates.values()):
-        raise ApplyError("nothing of this model is trained, so there is no plan for it")
+    found = read(names.unwrap(model), described, optimizer)
     space = _Space(described)
     decay, floor = _layer_decay(described, found.rates)
     rates = found.rates if decay is None else {name: rate and 1.0 for name, rate in found.rates.items()}
@@ -99,46 +106,6 @@ def shortest_rules(
     return [(pick.selector, value) for pick, value in _Space(model).cover(wanted, usual=usual)]
 
 
-@dataclass(frozen=True)
-class _Found:
-    """What the model and its optimizer do to each tensor."""
-
-    rates: Mapping[str, float | None]
-    """None where frozen."""
-    decays: Mapping[str, float]
-    """Of what is trained, relative to the largest; empty without an optimizer or without weight decay."""
-    modes: Mapping[str, str]
-    """Of the modules that own what is trained."""
-
-
-def _read(model: nn.Module, described: Description, optimizer: torch.optim.Optimizer | None) -> _Found:
-    live = names.parameters(model)
-    groups = {id(p): group for group in (optimizer.param_groups if optimizer else ()) for p in group["params"]}
-    of = {t.name: groups.get(id(live[t.name][0])) for t in described.tensors}
-    trained = [t for t in described.tensors if live[t.name][0].requires_grad and (not optimizer or of[t.name])]
-    if optimizer and not any(of.values()):
-        raise ApplyError("the optimizer holds no parameter of this model")
-    scaled = any("lr_scale" in group for group in groups.values())
-    absolute = {t.name: _number(of[t.name], "lr_scale" if scaled else "lr") for t in trained}
-    base = 1.0 if scaled else max(absolute.values(), default=1.0) or 1.0
-    decays = {t.name: _number(of[t.name], "weight_decay") for t in trained}
-    largest = max(decays.values(), default=0.0) if optimizer else 0.0
-    modules = names.modules(model)
-    return _Found(
-        rates={t.name: _tidy(absolute[t.name] / base) if t.name in absolute else None for t in described.tensors},
-        decays={name: _tidy(decay / largest) for name, decay in decays.items()} if largest else {},
-        modes={t.name: "train" if modules[t.module][-1].training or not model.training else "eval" for t in trained},
-    )
-
-
-def _number(group: Mapping[str, Any] | None, key: str) -> float:
-    return 1.0 if group is None else float(group.get(key, 1.0))
-
-
-def _tidy(value: float) -> float:
-    return float(f"{value:.12g}")
-
-
 def _layer_decay(model: Description, rates: Mapping[str, float | None]) -> tuple[float | None, float]:
     """The decay and the floor that give all rates, as timm's; (None, 0) where none does or few rates are told apart."""
     trained = {name: rate for name, rate in rates.items() if rate is not None}
@@ -146,7 +113,7 @@ def _layer_decay(model: Description, rates: Mapping[str, float | None]) -> tuple
         return None, 0.0
     least = min(trained.values())
     above = [(model.exponents[name], rate) for name, rate in trained.items() if model.exponents[name] and rate > least]
-    decay = _tidy(round(above[0][1] ** (1 / above[0][0]), 9)) if above else 1.0
+    decay = tidy(round(above[0][1] ** (1 / above[0][0]), 9)) if above else 1.0
     if not 0 < decay < 1:
         return None, 0.0
     for floor in (0.0, least):
@@ -307,15 +274,15 @@ def _selectors(model: Description) -> Iterator[tuple[str, str, Sequence[str] | f
         yield "type", name, select(Rule(type=name, frozen=True), model).tensors
     for module in model.modules:
         if module.name:
-            yield "match", module.name.replace(".", r"\."), model.below[module.name]
+            yield "match", re.escape(module.name), model.below[module.name]
     for kind in dict.fromkeys(tensor.name.rpartition(".")[2] for tensor in model.tensors):
-        pattern = rf".*\.{kind}"
+        pattern = rf".*\.{re.escape(kind)}"
         yield "match", pattern, select(Rule(match=pattern, frozen=True), model).tensors
     for tensor in model.tensors:
-        yield "match", tensor.name.replace(".", r"\."), (tensor.name,)
+        yield "match", re.escape(tensor.name), (tensor.name,)
 
 
-def _check(plan: Plan, model: Description, found: _Found) -> None:
+def _check(plan: Plan, model: Description, found: ByHand) -> None:
     """Hold the plan against what was found; a difference would be a mistake in the search above."""
     for row in resolve(plan, model).rows:
         rate = found.rates[row.name]

@@ -9,13 +9,13 @@ from typing import Any
 from freezeplan.errors import PlanError, did_you_mean
 from freezeplan.importers import paramwise
 from freezeplan.importers.frozen_keys import frozen_rules
-from freezeplan.importers.imported import Imported
+from freezeplan.importers.imported import Imported, refused
 from freezeplan.importers.layer_decay import MMPRETRAIN, READS, LayerDecay
 from freezeplan.importers.python_config import SECTIONS, Unread, read_python
 from freezeplan.model.description import Description
 from freezeplan.plan.load import read_data
 from freezeplan.plan.location import Loc, Source
-from freezeplan.plan.schema import Plan, Rule
+from freezeplan.plan.schema import Rule
 
 _DEFAULT = ("", "DefaultOptimWrapperConstructor", "DefaultOptimizerConstructor")
 _EXACT = "freezeplan import mmengine {} --model MODEL writes rules with the exact factors of each tensor of a model"
@@ -69,15 +69,16 @@ def read(path: Path, model: Description | None = None) -> Imported:
                 place = source.where((*at, "custom_keys", key, "lr_mult"))
                 notes.append(f"{place}: {constructor} sets rates by layers alone, so lr_mult of {key!r} is left out")
     if model is not None:
-        return Imported(_exact(path, model, frozen, found, layers), tuple(notes))
+        return Imported.of(path, notes, weight_decay="all", rules=[*frozen, *_exact(model, frozen, found, layers)])
     found.check_sayable(source, at, path)
+    with refused(source.where((*at, "custom_keys"))):
+        rules = [*frozen, *found.rules(rates=layers is None)]
     if layers is None:
-        rules = [*frozen, *found.rules()]
-        return Imported(Plan(version=1, name=path.stem, weight_decay="all", rules=rules), tuple(notes))
-    own = constructor == MMPRETRAIN
-    rules = [*frozen, *(found.rules(rates=False) if own else ()), Rule(match=".*", lr_mult=1.0)]
-    plan = Plan(version=1, name=path.stem, layer_decay=layers.rate, weight_decay="all" if own else "timm", rules=rules)
-    return Imported(plan, (*notes, *_differences(layers, path)))
+        return Imported.of(path, notes, weight_decay="all", rules=rules)
+    rules.append(Rule(match=".*", lr_mult=1.0))
+    decay = "all" if constructor == MMPRETRAIN else "timm"
+    notes += _differences(layers, path)
+    return Imported.of(path, notes, layer_decay=layers.rate, weight_decay=decay, rules=rules)
 
 
 def _check_whole(data: Mapping[str, Any], source: Source, path: Path) -> None:
@@ -161,7 +162,7 @@ def _holders(data: Any, loc: Loc) -> Iterator[tuple[dict[str, Any], Loc]]:
             yield from _holders(value, (*loc, key))
 
 
-def _check_default(key: str, where: str) -> None:
+def _check_default(key: Any, where: str) -> None:
     if key in paramwise.KNOWN or key in paramwise.NEED_A_MODEL:
         return
     layered = [name for name, keys in READS.items() if key in keys]
@@ -171,7 +172,7 @@ def _check_default(key: str, where: str) -> None:
         notes = (paramwise.UNSAYABLE[key],)
     else:
         known = (*paramwise.KNOWN, *paramwise.NEED_A_MODEL)
-        notes = did_you_mean(key, known) or (f"known here: {', '.join(known)}",)
+        notes = did_you_mean(str(key), known) or (f"known here: {', '.join(known)}",)
     raise PlanError(f"{key} has no counterpart in a plan", where=where, notes=notes)
 
 
@@ -214,9 +215,7 @@ def _differences(layers: LayerDecay, path: Path) -> list[str]:
     return [*lines, _EXACT.format(path)]
 
 
-def _exact(
-    path: Path, model: Description, frozen: list[Rule], found: paramwise.Paramwise, layers: LayerDecay | None
-) -> Plan:
+def _exact(model: Description, frozen: list[Rule], found: paramwise.Paramwise, layers: LayerDecay | None) -> list[Rule]:
     from freezeplan.importers.exact_rules import exact_rules
     from freezeplan.resolve.select import select
 
@@ -232,9 +231,8 @@ def _exact(
             if layers.constructor == "LayerDecayOptimWrapperConstructor":
                 plain = plain and "pos_embed" not in tensor.name
             decays[tensor.name] = float(plain)
-    rules = exact_rules(
+    return exact_rules(
         model,
         {name: rate for name, rate in rates.items() if name not in gone},
         {name: decay for name, decay in decays.items() if name not in gone and rates[name]},
     )
-    return Plan(version=1, name=path.stem, weight_decay="all", rules=[*frozen, *rules])

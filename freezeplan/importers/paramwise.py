@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,10 @@ def read(config: Mapping[str, Any], source: Source, at: Loc, *, top_has_dot: boo
     where = (*at, "custom_keys")
     if not isinstance(keys, dict):
         raise PlanError("custom_keys is a dict of parts of names", where=source.where(where))
+    for key in keys:
+        if not isinstance(key, str):
+            message = f"a key of custom_keys is a part of a name, as text; found {key!r}"
+            raise PlanError(message, where=source.where((*where, key)), notes=["write it in quotes"])
     custom = {}
     for key in sorted(sorted(keys), key=len, reverse=True):
         custom[key] = _settings(key, keys[key], source, (*where, key))
@@ -151,7 +156,7 @@ def _settings(key: str, settings: Any, source: Source, at: Loc) -> dict[str, flo
 
 
 def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
         raise PlanError(f"a factor is a number of 0 or more, found {value!r}", where=where)
     return float(value)
 

@@ -10,7 +10,6 @@ from freezeplan.errors import PlanError
 from freezeplan.importers.imported import Imported
 from freezeplan.plan.load import read_data, read_text
 from freezeplan.plan.location import Source
-from freezeplan.plan.schema import Plan
 
 _OPTIONS = ("layer_decay", "layer_decay_min_scale", "layer_decay_no_opt_scale")
 
@@ -36,14 +35,12 @@ def read(path: Path) -> Imported:
             notes=["freeze those layers by a rule ahead, such as {stage: ..2, frozen: true}"],
         )
     decay, floor = (_number(data, key, source) for key in _OPTIONS[:2])
-    plan = Plan(
-        version=1,
-        name=path.stem,
+    return Imported.of(
+        path,
         layer_decay=decay,
         layer_decay_min_scale=(floor or None) if decay is not None else None,
         rules=[{"match": ".*", "lr_mult": 1}],
     )
-    return Imported(plan)
 
 
 def _options(path: Path) -> tuple[dict[str, Any], Source]:
@@ -78,7 +75,7 @@ def _number(data: dict[str, Any], key: str, source: Source) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = -1.0
     if isinstance(value, bool) or not (0 < number <= 1 or (number == 0 and key != "layer_decay")):
         raise PlanError(f"{key} is a number in (0, 1], found {value!r}", where=source.where((key,)))

@@ -12,22 +12,24 @@ import json
 import re
 import tomllib
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from freezeplan.errors import FreezePlanWarning, PlanError, Problem, did_you_mean
+from freezeplan.errors import FreezePlanWarning, PlanError, did_you_mean
 from freezeplan.plan import catalogue
-from freezeplan.plan.location import Loc, Source, loc_text
-from freezeplan.plan.schema import Plan, Rate, Rule
-from freezeplan.plan.toml_places import toml_places
+from freezeplan.plan.location import Loc, Source
+from freezeplan.plan.refusal import refusal, stage_notes
+from freezeplan.plan.schema import Plan
+from freezeplan.plan.toml_places import KEY, toml_places
 
 PlanLike = Plan | Mapping[str, Any] | str | Path
 """What every function that takes a plan accepts: a Plan, a dict, a path, or the name of a preset."""
@@ -50,8 +52,8 @@ def load_plan(plan: PlanLike) -> Plan:
         The plan; it remembers where it was written for later errors.
 
     Raises:
-        PlanError: If the file or preset does not exist, cannot be parsed, or is not a valid plan. It lists all problems
-            of the file, each with its place, what was found and what was expected.
+        PlanError: If it is none of these, the file or preset does not exist, cannot be parsed, or is not a valid plan.
+            It lists all problems of the file, each with its place, what was found and what was expected.
 
     Examples:
         >>> load_plan("linear_probe").name
@@ -66,7 +68,10 @@ def load_plan(plan: PlanLike) -> Plan:
         return plan
     if isinstance(plan, Mapping):
         return _validate(dict(plan), Source())
-    path = Path(plan)
+    try:
+        path = Path(plan)
+    except TypeError:
+        raise _no_plan(plan) from None
     if path.suffix.lower() in _SUFFIXES:
         return _parse(read_text(path), path.suffix.lower(), str(plan))
     name = str(plan)
@@ -79,6 +84,14 @@ def load_plan(plan: PlanLike) -> Plan:
     notes = did_you_mean(name, [*presets, *added]) or (f"presets: {', '.join([*presets, *added])}",)
     notes += (f"a plan file ends in one of {' '.join(_SUFFIXES)}",)
     raise PlanError(f"no preset is called {name!r}", notes=notes)
+
+
+def _no_plan(found: object) -> PlanError:
+    message = f"a plan is a Plan, a mapping, a path or the name of a preset; found a {type(found).__name__}"
+    if hasattr(found, "named_parameters"):  # a model, told without torch
+        return PlanError(message, notes=["the order is resolve_plan(plan, model) and apply_plan(model, plan)"])
+    is_list = isinstance(found, (list, tuple))
+    return PlanError(message, notes=["rules stand in a mapping: {'version': 1, 'rules': [...]}"] if is_list else [])
 
 
 @functools.cache
@@ -166,9 +179,8 @@ def _check_size(node: Any, name: str) -> None:
         count += 1
         if depth > _DEEPEST or count > _MOST:
             what = "nested too deeply" if depth > _DEEPEST else f"more than {_MOST:,} values"
-            raise PlanError(
-                f"{what} for a plan", where=name, notes=["an alias that holds itself, or others, does this"]
-            )
+            note = "an alias that holds itself, or others, does this"
+            raise PlanError(f"{what} for a plan", where=name, notes=[note])
         tag = getattr(getattr(found, "tag", None), "value", None)
         if tag is not None:
             raise PlanError(f"the tag {tag!r}; a plan has plain values only", where=name)
@@ -182,7 +194,7 @@ def _check_size(node: Any, name: str) -> None:
 def _parsed(text: str, suffix: str, name: str) -> tuple[Any, Source]:
     if suffix == ".toml":
         try:
-            return tomllib.loads(text), Source(name, dict(_toml_positions(text)))
+            return tomllib.loads(text), Source(name, dict(toml_places(text)))
         except tomllib.TOMLDecodeError as error:
             message, _, place = str(error).partition(" (at line ")
             line, _, column = place.rstrip(")").partition(", column ")
@@ -199,38 +211,61 @@ def _parsed(text: str, suffix: str, name: str) -> tuple[Any, Source]:
         except ValueError as error:  # an integer of thousands of digits
             raise PlanError(f"not JSON: {error}", where=name) from None
         _check_size(data, name)
-        marked = _parse_yaml(text.replace("\t", " "), name)  # YAML refuses tabs; in JSON they only stand between tokens
-        return data, Source(name, dict(_positions(marked, ())))
+        return data, Source(name, _json_positions(text, name))
+    if _brackets(text) > _DEEPEST * 8:  # the parser would take seconds to fail
+        raise PlanError("nested too deeply for a plan", where=name)
     marked = _parse_yaml(text, name)
     _check_size(marked, name)
     return _plain(marked), Source(name, dict(_positions(marked, ())))
 
 
-def _parse_yaml(text: str, name: str) -> Any:
-    if _brackets(text) > _DEEPEST * 8:  # the parser would take seconds to fail
-        raise PlanError("nested too deeply for a plan", where=name)
+def _json_positions(text: str, name: str) -> dict[Loc, tuple[int, int]]:
+    """The places in valid JSON, all of which but for a few characters is YAML; none where these few stand."""
+    try:
+        marked = _marked(text.replace("\t", " "))  # YAML refuses tabs; in JSON they only stand between tokens
+        return dict(_positions(marked, ()))
+    except DuplicateKeyError as error:
+        raise _duplicate(name, error) from None
+    except (YAMLError, ValueError):
+        json.loads(text, object_pairs_hook=functools.partial(_check_unique, name))
+        return {}
+
+
+def _check_unique(name: str, pairs: list[tuple[str, Any]]) -> None:
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
+            raise PlanError(f"duplicate key {key!r}", where=name)
+
+
+def _marked(text: str) -> Any:
     reader = YAML(typ="rt", pure=True)
     reader.composer.warn_double_anchors = False  # YAML 1.2 allows them; the warning would quote the file
+    return reader.load(io.StringIO(text))
+
+
+def _duplicate(name: str, error: DuplicateKeyError) -> PlanError:
+    key = re.search(r'found duplicate key "(.*?)"', str(error.problem))
+    first = (f"first given at line {error.context_mark.line + 1}",) if error.context_mark else ()
+    message = f"duplicate key {key.group(1)!r}" if key else str(error.problem)
+    return PlanError(message, where=_mark(name, error), notes=first)
+
+
+def _parse_yaml(text: str, name: str) -> Any:
     try:
-        return reader.load(io.StringIO(text))
+        return _marked(text)
     except DuplicateKeyError as error:
-        key = re.search(r'found duplicate key "(.*?)"', str(error.problem))
-        first = (f"first given at line {error.context_mark.line + 1}",) if error.context_mark else ()
-        raise PlanError(
-            f"duplicate key {key.group(1)!r}" if key else str(error.problem), where=_mark(name, error), notes=first
-        ) from None
+        raise _duplicate(name, error) from None
     except MarkedYAMLError as error:
         mark = error.problem_mark
         line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
         comparison = re.search(r"\bstage['\"]?\s*:\s*(>=?\s*\d+)", line)
+        notes: tuple[str, ...] = ()
         if "escape" in str(error.problem):
-            notes: tuple[str, ...] = (_ESCAPE_HINT,)
+            notes = (_ESCAPE_HINT,)
         elif comparison:
-            notes = _stage_notes(comparison.group(1))
+            notes = stage_notes(comparison.group(1))
         elif "{" in line:
             notes = (_QUOTE_HINT,)
-        else:
-            notes = ()
         context = f"{error.context}: " if error.context else ""
         found = f"{context}{error.problem}".replace("\n", " ")
         raise PlanError(f"not YAML: {found}", where=_mark(name, error), notes=notes) from None
@@ -271,23 +306,13 @@ def _positions(node: Any, loc: Loc) -> Iterator[tuple[Loc, tuple[int, int]]]:
                 line, column = node.lc.value(key)
                 yield (*loc, key), (line + 1, column + 1)
                 line, column = node.lc.key(key)
-                yield (*loc, key, _KEY), (line + 1, column + 1)
+                yield (*loc, key, KEY), (line + 1, column + 1)
             yield from _positions(value, (*loc, key))
     elif isinstance(node, CommentedSeq):
         for index, value in enumerate(node):
             line, column = node.lc.item(index)
             yield (*loc, index), (line + 1, column + 1)
             yield from _positions(value, (*loc, index))
-
-
-def _toml_positions(text: str) -> Iterator[tuple[Loc, tuple[int, int]]]:
-    yield (), (1, 1)
-    for loc, key, value in toml_places(text):
-        yield loc, value
-        yield (*loc, _KEY), key
-
-
-_KEY = "<key>"
 
 
 def _validate(data: Any, source: Source) -> Plan:
@@ -301,82 +326,7 @@ def _validate(data: Any, source: Source) -> Plan:
     try:
         return Plan.model_validate(data).from_source(source)
     except ValidationError as error:
-        raise PlanError(_problem(source, found) for found in error.errors(include_url=False)) from None
-
-
-_KNOWN: dict[str, type[BaseModel]] = {"rules": Rule, "default": Rate}
-
-
-def _problem(source: Source, error: Any) -> Problem:
-    """One pydantic error -> one sentence; by its type, which is stable, never by its text."""
-    kind, loc, found = error["type"], error["loc"], error["input"]
-    key, parent = (loc[-1], loc[:-1]) if loc else ("", ())
-    notes: tuple[str, ...] = ()
-    if kind == "extra_forbidden":
-        known = list((_KNOWN[str(loc[0])] if len(loc) > 1 and loc[0] in _KNOWN else Plan).model_fields)
-        message = f"unknown key {key!r}"
-        notes = did_you_mean(str(key), known)[:1] or (f"known keys: {', '.join(known)}",)
-        loc = (*loc, _KEY)
-    elif kind == "missing":
-        message, loc = f"the key {key!r} is missing", parent
-        notes = ("start the plan with 'version: 1'",) if key == "version" else ()
-    elif kind == "literal_error":
-        expected = error["ctx"]["expected"]
-        message = f"{_named(loc)} is one of {expected}, found {_found(found)}"
-        notes = did_you_mean(found, re.findall(r"'(\w+)'", expected)) if isinstance(found, str) else ()
-    elif kind in _EXPECTED:
-        message = f"{_named(loc)} {_EXPECTED[kind].format(**error.get('ctx', {}))}, found {_found(found)}"
-    else:
-        message = error["msg"]
-        if kind == "bad_stage":
-            notes = _stage_notes(found)
-        elif kind == "stage_backwards":
-            notes = ("write {last}..{first}".format(**error["ctx"]),)
-    where = source.where(loc)
-    place = loc_text(tuple(part for part in loc if part != _KEY))
-    if not source.positions:
-        where = ": ".join(filter(None, (source.file, place)))
-    return Problem(message, where, notes)
-
-
-def _stage_notes(found: object) -> tuple[str, ...]:
-    """Say how a stage is written that was given as a comparison; a bare ``>2`` begins a block of text in YAML."""
-    text = str(found)
-    comparison = re.fullmatch(r"([<>])(=?)\s*(\d+)", text)
-    if comparison:
-        sign, equal, number = comparison.groups()
-        bound = int(number) + (0 if equal else 1 if sign == ">" else -1)
-        return (f"write {bound}.." if sign == ">" else f"write ..{bound}",)
-    if not text.strip():
-        return ("in YAML a > or | without quotes begins a block of text; for all behind stage 2 write 3..",)
-    return ()
-
-
-_EXPECTED = {
-    "string_type": "must be text",
-    "float_type": "must be a number",
-    "bool_type": "must be true or false",
-    "greater_than": "must be greater than {gt:g}",
-    "greater_than_equal": "must be {ge:g} or greater",
-    "finite_number": "must be a finite number",
-    "tuple_type": "must be a list or one value",
-    "model_type": "must be a mapping of keys to values",
-    "model_attributes_type": "must be a mapping of keys to values",
-}
-
-
-def _named(loc: Loc) -> str:
-    if loc and isinstance(loc[-1], int) and loc[0] == "rules" and len(loc) == 2:
-        return "a rule"
-    return str(next((part for part in reversed(loc) if isinstance(part, str)), "plan"))
-
-
-def _found(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "nothing"}[value]
-    if isinstance(value, str):
-        return f"{value!r} (text)"
-    return f"a {type(value).__name__}" if isinstance(value, (dict, list)) else repr(value)
+        raise refusal(error, source) from None
 
 
 def _lower(text: str) -> str:

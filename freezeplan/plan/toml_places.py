@@ -1,7 +1,7 @@
 """Places in a TOML file, which its parser does not give: a part of the data -> (line, column). No torch.
 
-The document is cut into statements, each parsed on its own by ``tomllib``: a header, or a key with its value. What is
-written inside a value, in a list of inline tables for one, has the place of the value.
+The document is cut into statements, each of them a header, or a key with its value; ``tomllib`` reads the names in it.
+What is written inside a value, in a list of inline tables for one, has the place of the value.
 """
 
 from __future__ import annotations
@@ -13,63 +13,82 @@ from typing import Any
 
 from freezeplan.plan.location import Loc
 
+KEY = "<key>"
+"""Behind the path to a value: the place of its key."""
+
 _PART = r"""(?:[\w-]+|"(?:\\.|[^"\\])*"|'[^']*')"""
-_KEY = re.compile(rf"\s*{_PART}(?:\s*\.\s*{_PART})*\s*=\s*")
+_AHEAD = re.compile(rf"\s*{_PART}(?:\s*\.\s*{_PART})*\s*=\s*")
 
-_CLOSES = re.compile(r"""[]}"']""")
-"""What the last line of a value of several lines has."""
+_TOKEN = re.compile(
+    r'"""(?:\\.|[^\\])*?"""+'
+    r"|'''.*?'''+"
+    r'|"(?:\\.|[^"\\])*"'
+    r"|'[^']*'"
+    r"|\#[^\n]*"
+    r"|[][{}\n]",
+    re.DOTALL,
+)
+"""Text, a comment, a bracket, the end of a line: what decides where a statement ends."""
 
 
-def toml_places(text: str) -> Iterator[tuple[Loc, tuple[int, int], tuple[int, int]]]:
-    r"""Yield each key of a valid document: its path, the place of the key, the place of its value; both from 1.
+def toml_places(text: str) -> Iterator[tuple[Loc, tuple[int, int]]]:
+    r"""Yield the place of every part of a valid document: of a value, and under ``(*path, KEY)`` of its key.
 
     Args:
         text: A TOML document that ``tomllib`` accepts.
 
     Examples:
-        >>> list(toml_places('version = 1\n\n[[rules]]\nmatch = ".*"'))
-        [(('version',), (1, 1), (1, 11)), (('rules', 0), (3, 1), (3, 1)), (('rules', 0, 'match'), (4, 1), (4, 9))]
+        >>> list(toml_places("version = 1"))
+        [((), (1, 1)), (('version',), (1, 11)), (('version', '<key>'), (1, 1))]
+        >>> dict(toml_places('[[rules]]\nmatch = ".*"'))["rules", 0, "match"]
+        (2, 9)
     """
+    yield (), (1, 1)
     table: Loc = ()
     last: dict[Loc, int] = {}  # list of tables -> index of the latest one
-    lines = text.split("\n")
-    number = 0
-    while number < len(lines):
-        statement, first = lines[number], number + 1
-        number += 1
-        place = (first, len(statement) - len(statement.lstrip()) + 1)
-        if key := _KEY.match(statement):
-            found = _parsed(statement)
-            while found is None and number < len(lines):
-                statement += f"\n{lines[number]}"
-                found = _parsed(statement) if _CLOSES.search(lines[number]) else None
-                number += 1
-            depth = len(re.findall(_PART, key.group()))
-            for part in _keys(found, depth):
-                yield (*table, *part), place, (first, key.end() + 1)
-        elif place[1] <= len(statement) and statement[place[1] - 1] == "[":
-            table = ()
-            for part in _keys(_parsed(statement)):
-                table = (*table, part[-1])
-                if statement.lstrip().startswith("[[") and part == _keys(_parsed(statement))[-1]:
-                    last[table] = last.get(table, -1) + 1
-                if table in last:
-                    table = (*table, last[table])
-            yield table, place, place
+    for line, statement in _statements(text):
+        place = (line, len(statement) - len(statement.lstrip()) + 1)
+        if ahead := _AHEAD.match(statement):
+            names = _names(f"{ahead.group()}0")
+            for end in range(1, len(names) + 1):
+                path = (*table, *names[:end])
+                yield path, (line, ahead.end() + 1)
+                yield (*path, KEY), place
+        elif statement.lstrip().startswith("["):
+            table = _table(statement, last)
+            yield table, place
+            yield (*table, KEY), place
 
 
-def _parsed(statement: str) -> Any:
-    """The data of one statement; None where it goes on in the next line."""
-    try:
-        return tomllib.loads(statement)
-    except tomllib.TOMLDecodeError:
-        return None
+def _statements(text: str) -> Iterator[tuple[int, str]]:
+    """Each statement with its first line: it ends where a line does and no text and no bracket is open."""
+    line, start, depth = 1, 0, 0
+    for token in _TOKEN.finditer(f"{text}\n"):
+        depth += (token.group() in "[{") - (token.group() in "]}")
+        if token.group() == "\n" and not depth:
+            statement = text[start : token.start()]
+            yield line, statement
+            line, start = line + statement.count("\n") + 1, token.end()
 
 
-def _keys(data: Any, depth: int | None = None) -> list[Loc]:
-    """The paths to a statement's key and to the keys above it, outermost first."""
-    found: list[Loc] = []
-    while isinstance(data, dict) and data and len(found) != depth:
-        ((key, data),) = data.items()
-        found.append((*(found[-1] if found else ()), key))
-    return found
+def _table(header: str, last: dict[Loc, int]) -> Loc:
+    """The path to the table that a header opens; of a list of tables it is a new one, which is counted."""
+    table: Loc = ()
+    names = _names(header)
+    for end, name in enumerate(names, 1):
+        table = (*table, name)
+        if end == len(names) and header.lstrip().startswith("[["):
+            last[table] = last.get(table, -1) + 1
+        if table in last:
+            table = (*table, last[table])
+    return table
+
+
+def _names(statement: str) -> list[str]:
+    """The names in a header or ahead of a value, outermost first."""
+    names: list[str] = []
+    data: Any = tomllib.loads(statement)
+    while isinstance(data, dict) and data:
+        ((name, data),) = data.items()
+        names.append(name)
+    return names

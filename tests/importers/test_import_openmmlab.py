@@ -334,6 +334,12 @@ FROZEN = [
         id="another-count",
     ),
     pytest.param(
+        "model = {'back(bone': dict(type='ResNet', frozen_stages=1)}\n",
+        [Rule(match=r"back\(bone", stage="..1", frozen=True), Rule(match=".*", lr_mult=1.0)],
+        [],
+        id="a-name-that-is-no-pattern",
+    ),
+    pytest.param(
         "model = dict(img_backbone=dict(type='ResNet', frozen_stages=-1, norm_eval=False),\n"
         "             detector=dict(backbone=dict(type='ResNet3dCSN', bn_frozen=True)))\n",
         [Rule(match=r"detector\.backbone", role="norm", frozen=True), Rule(match=".*", lr_mult=1.0)],
@@ -587,6 +593,43 @@ REFUSED = [
     pytest.param(
         "c.json", '{"custom_keys": {"": {}}}', "c.json:1:22: an empty key is a part of every name\n  take it out",
         id="empty-key",
+    ),
+    pytest.param(
+        "c.yaml", "custom_keys:\n  backbone: {lr_mult: 0.1}\n  0: {lr_mult: 0.5}\n",
+        "c.yaml:3:6: a key of custom_keys is a part of a name, as text; found 0\n  write it in quotes",
+        id="number-as-key",
+    ),
+    pytest.param(
+        "c.yaml", "custom_keys: {1.5: {}, true: {}}",
+        "c.yaml:1:20: a key of custom_keys is a part of a name, as text; found 1.5\n  write it in quotes",
+        id="no-text-as-key",
+    ),
+    pytest.param(
+        "c.yaml", "paramwise_cfg: {bias_lr_mult: 2, 7: 1}",
+        "c.yaml:1:37: 7 has no counterpart in a plan\n  known here: custom_keys, bias_lr_mult, bias_decay_mult, "
+        "norm_decay_mult, bypass_duplicate, dwconv_decay_mult, flat_decay_mult",
+        id="number-as-setting",
+    ),
+    pytest.param(
+        "c.yaml", "custom_keys: {a: {2: 1}}",
+        "c.yaml:1:22: 2 of 'a' is neither lr_mult nor decay_mult; mmengine hands it to the optimizer, which does not "
+        "read it\n  take it out",
+        id="number-as-factor",
+    ),
+    pytest.param(
+        "c.yaml", f"custom_keys: {{a: {{lr_mult: 1{'0' * 400}}}}}",
+        f"c.yaml:1:28: a factor is a number of 0 or more, found 1{'0' * 400}",
+        id="large-integer",
+    ),
+    pytest.param(
+        "c.yaml", 'custom_keys: {"a\\e": {lr_mult: 0.1}}',
+        "c.yaml:1:14: pattern '.*a\\\\\\x1b.*' has characters that cannot be printed",
+        id="key-not-printable",
+    ),
+    pytest.param(
+        "c.yaml", 'model: {"": {frozen_stages: 1}}',
+        "c.yaml:1:29: an empty pattern matches no name",
+        id="part-without-name",
     ),
     pytest.param(
         "c.json", '{"custom_keys": {"a": 1}}', "c.json:1:23: 'a' has a dict with lr_mult and decay_mult", id="no-dict"

@@ -385,6 +385,70 @@ REFUSED = [
         "s.yaml:2:22: lr of depth 1 is a number above 0, found 'none'",
         id="fts-rate",
     ),
+    pytest.param(
+        lambda path: finetuning_scheduler.read(path, lr=1.0),
+        "s.yaml",
+        "0: {params: [a], max_transition_epoch: 1}\n1: {params: [b], lr: .inf}",
+        "s.yaml:2:22: lr of depth 1 is a number above 0, found inf",
+        id="fts-endless-rate",
+    ),
+    pytest.param(
+        lambda path: finetuning_scheduler.read(path, lr=1.0),
+        "s.yaml",
+        "0: {params: [a], max_transition_epoch: 1}\n1: {params: [b], lr: true}",
+        "s.yaml:2:22: lr of depth 1 is a number above 0, found True",
+        id="fts-true",
+    ),
+    pytest.param(
+        lambda path: finetuning_scheduler.read(path, lr=1.0),
+        "s.yaml",
+        f"0: {{params: [a], max_transition_epoch: 1}}\n1: {{params: [b], lr: 1{'0' * 400}}}",
+        f"s.yaml:2:22: lr of depth 1 is a number above 0, found 1{'0' * 400}",
+        id="fts-large-integer",
+    ),
+    pytest.param(
+        lambda path: finetuning_scheduler.read(path, lr=1e-300),
+        "s.yaml",
+        "0: {params: [a], max_transition_epoch: 1}\n1: {params: [b], lr: 1.0e+300}",
+        "s.yaml:2:4: lr_mult must be a finite number, found inf",
+        id="fts-large-ratio",
+    ),
+    pytest.param(
+        finetuning_scheduler.read,
+        "s.yaml",
+        '0:\n  params: ["a.weight", "b\\e"]',
+        "s.yaml:2:3: pattern '(?:b\\x1b).*' has characters that cannot be printed",
+        id="fts-not-printable",
+    ),
+    pytest.param(
+        finetuning_scheduler.read,
+        "s.yaml",
+        "0: {params: ['(?x)a #']}",
+        "s.yaml:1:4: pattern '(?:(?x)a #).*' is not a regular expression: global flags not at the start of the "
+        "expression at character 4",
+        id="fts-flags",
+    ),
+    pytest.param(
+        timm_args.read,
+        "args.yaml",
+        f"layer_decay: 1{'0' * 400}",
+        f"args.yaml:1:14: layer_decay is a number in (0, 1], found 1{'0' * 400}",
+        id="timm-large-integer",
+    ),
+    *[
+        pytest.param(
+            read,
+            f"a\x1b.{suffix}",
+            text,
+            f"a\x1b.{suffix}: expected printable characters on one line, found 'a\\x1b'",
+            id=f"name-{suffix}",
+        )
+        for read, suffix, text in [
+            (timm_args.read, "txt", "--layer-decay 0.5"),
+            (finetuning_scheduler.read, "yaml", "0: {params: [fc.weight]}"),
+            (mmengine.read, "json", '{"bias_lr_mult": 2}'),
+        ]
+    ],
     pytest.param(mmengine.read, "no.py", None, "no.py: no such file", id="no-file"),
 ]
 
@@ -395,6 +459,36 @@ def test_what_a_plan_cannot_say_is_refused(write, read, name, text, message):
     file = Path(name) if text is None else write(name, text)
     with pytest.raises(PlanError) as error:
         read(file)
+
+    assert str(error.value) == message
+
+
+OPTIONS = [
+    pytest.param({"lr": -1}, "lr is a number above 0, found -1", id="negative"),
+    pytest.param({"lr": 0}, "lr is a number above 0, found 0", id="nothing"),
+    pytest.param({"lr": float("inf")}, "lr is a number above 0, found inf", id="endless"),
+    pytest.param({"lr": "fast"}, "lr is a number above 0, found 'fast'", id="text"),
+    pytest.param(
+        {"monitor": ""}, "--monitor and --patience: metric must not be empty, found '' (text)", id="no-metric"
+    ),
+    pytest.param(
+        {"monitor": "\x1b"},
+        "--monitor and --patience: expected printable characters on one line, found '\\x1b'",
+        id="metric",
+    ),
+    pytest.param({"patience": 0}, "--monitor and --patience: patience must be 1 or greater, found 0", id="no-patience"),
+    pytest.param(
+        {"patience": "3"}, "--monitor and --patience: patience must be an integer, found '3' (text)", id="patience"
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), OPTIONS)
+@pytest.mark.parametrize("text", ["0: {params: [a]}", "0: {params: [a]}\n1: {params: [b]}\n"])
+def test_options_that_no_schedule_can_have(write, options, message, text):
+    """Whether the schedule needs them or not."""
+    with pytest.raises(PlanError) as error:
+        finetuning_scheduler.read(write("s.yaml", text), **{"lr": 1e-3, **options})
 
     assert str(error.value) == message
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from timm.optim import param_groups_layer_decay
+from timm.optim import Adafactor, param_groups_layer_decay
+from timm.scheduler import CosineLRScheduler
 from torch import nn
+from torch.optim.lr_scheduler import ConstantLR, ExponentialLR, LambdaLR, LinearLR, OneCycleLR, SequentialLR
 
 from freezeplan import apply_plan, infer_plan, resolve_plan
-from freezeplan.errors import ApplyError
+from freezeplan.errors import ApplyError, FreezePlanWarning
 from freezeplan.model.describer import create_model
 
 Hand = Callable[[nn.Module], Any]
@@ -184,6 +186,18 @@ def test_a_model_that_is_not_timms() -> None:
     assert [(rule.text, rule.frozen) for rule in infer_plan(model).rules] == [("match: 0", True), ("match: .*", None)]
 
 
+def test_names_that_are_no_patterns() -> None:
+    """A name may have any character but a dot."""
+    model = nn.ModuleDict({"a(b": nn.Linear(2, 2), "a+b": nn.Linear(2, 2), "[0]": nn.ParameterDict()})
+    model["[0]"]["w*"] = nn.Parameter(torch.ones(1))
+    model["a+b"].weight.requires_grad_(False)
+    model["[0]"].requires_grad_(False)
+
+    rows = resolve_plan(infer_plan(model), model).rows
+
+    assert {row.name for row in rows if row.frozen} == {"a+b.weight", "[0].w*"}
+
+
 def test_what_has_no_plan_is_refused() -> None:
     """Nothing trained, or an optimizer of another model."""
     model = create_model("test_resnet")
@@ -207,3 +221,158 @@ def test_a_bare_module_that_owns_a_parameter():
     rows = resolve_plan(infer_plan(net), net).rows
 
     assert {row.name: row.frozen for row in rows} == {"inner.scale": True, "fc.weight": False, "fc.bias": False}
+
+
+def in_parts(rates: tuple[float | None, float | None], optimizer: Callable[..., Any] = torch.optim.SGD) -> Any:
+    """A model of a body and a head, and an optimizer with a group for each."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    groups = [{"params": list(part.parameters()), "lr": lr} for part, lr in zip(model, rates, strict=True)]
+    return model, optimizer(groups)
+
+
+def rates_of(model: nn.Module, optimizer: Any) -> list[float | None]:
+    """The factor of the body and of the head in the plan."""
+    rows = {row.name: row for row in resolve_plan(infer_plan(model, optimizer), model).rows}
+    return [rows[name].lr_mult for name in ("0.weight", "1.weight")]
+
+
+SCHEDULERS = [
+    pytest.param(lambda o: CosineLRScheduler(o, 10, warmup_t=3, warmup_lr_init=1e-5), id="timm-warm-up"),
+    pytest.param(lambda o: LambdaLR(o, lambda step: step / 10), id="from-0"),
+    pytest.param(lambda o: LambdaLR(o, [lambda step: step, lambda step: 1.0]), id="one-after-the-other"),
+    pytest.param(lambda o: LinearLR(o, 1e-3, total_iters=5), id="linear"),
+    pytest.param(lambda o: OneCycleLR(o, [0.02, 0.2], total_steps=10), id="one-cycle"),
+    pytest.param(lambda o: SequentialLR(o, [ConstantLR(o, 0.0, 2), ExponentialLR(o, 0.9)], [2]), id="two"),
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULERS)
+def test_rates_are_those_that_the_groups_began_with(schedule) -> None:
+    """Whatever a warm-up has made of them."""
+    model, optimizer = in_parts((0.01, 0.1))
+    schedule(optimizer)
+
+    assert rates_of(model, optimizer) == pytest.approx([0.1, 1.0])
+
+
+def test_a_group_with_the_rate_0_is_frozen() -> None:
+    """A common way to freeze; its weight decay counts as little as its rate, and a scheduler changes nothing of it."""
+    model, optimizer = in_parts((0.0, 0.1))
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    optimizer.param_groups[1]["weight_decay"] = 0.05
+    plain = infer_plan(model, optimizer)
+    LambdaLR(optimizer, lambda step: 1.0)
+    scaled = in_parts((0.0, 0.1))
+    for group, scale in zip(scaled[1].param_groups, (0.5, 0.25), strict=True):
+        group["lr_scale"] = scale
+
+    assert [rule.model_dump(exclude_defaults=True) for rule in plain.rules] == [
+        {"match": ("1",), "lr_mult": 1.0},
+        {"match": (".*",), "frozen": True},
+    ]
+    assert infer_plan(model, optimizer) == plain
+    assert rates_of(*scaled) == [None, 0.25]
+
+
+@pytest.mark.parametrize("schedule", [lambda _: None, lambda o: [g.update(initial_lr=None) for g in o.param_groups]])
+def test_rates_that_the_optimizer_finds_are_equal(schedule) -> None:
+    """Adafactor without a rate; a scheduler would keep that too."""
+    model, optimizer = in_parts((None, None), Adafactor)
+    schedule(optimizer)
+
+    assert rates_of(model, optimizer) == [1.0, 1.0]
+
+
+def test_an_optimizer_without_weight_decay() -> None:
+    """It gives none to anything, so the plan says nothing of it."""
+    assert infer_plan(*in_parts((0.1, 0.1), torch.optim.Rprop)).weight_decay == "timm"
+
+
+def test_what_is_not_trained_needs_no_rate_like_the_others() -> None:
+    """A group at 0 beside groups without a rate."""
+    assert rates_of(*in_parts((0.0, None), Adafactor)) == [None, 1.0]
+
+
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_parametrized_tensor_is_trained_where_a_part_of_it_is(part: int, given: bool) -> None:
+    """Magnitude or direction of a weight under weight_norm; a plan trains both, which a warning says."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+    wanted = getattr(model[1].parametrizations.weight, f"original{part}")
+    if not given:
+        model.requires_grad_(False)
+        wanted.requires_grad_(True)
+    with pytest.warns(FreezePlanWarning) as caught:
+        plan = infer_plan(model, torch.optim.SGD([wanted], lr=0.1) if given else None)
+
+    assert [row.name for row in resolve_plan(plan, model).trained] == ["1.weight"]
+    assert [str(found.message) for found in caught] == [
+        "a plan trains parametrized tensors whole; this model trains a part of 1.weight"
+    ]
+    assert caught[0].filename == __file__
+
+
+def test_a_parametrized_tensor_that_is_trained_whole() -> None:
+    """Nothing to warn of."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+    model[0].requires_grad_(False)
+
+    assert [row.name for row in resolve_plan(infer_plan(model), model).trained] == ["1.bias", "1.weight"]
+
+
+def two_rates_in_one_tensor() -> Any:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+    first, second = model[0].parametrizations.weight.parameters()
+    return model, torch.optim.SGD([{"params": [first], "lr": 0.1}, {"params": [second], "lr": 0.2}])
+
+
+def with_group(**values: Any) -> Any:
+    model, optimizer = in_parts((0.1, 0.1))
+    optimizer.param_groups[1].update(values)
+    return model, optimizer
+
+
+NO_PLAN = [
+    pytest.param(
+        lambda: in_parts((None, 0.1), Adafactor),
+        "'0.weight' has lr=None, a rate that the optimizer finds by itself, and '1.weight' has lr=0.1\n"
+        "  their ratio is not known: give every group of the optimizer an lr, or none",
+        id="some-rates",
+    ),
+    pytest.param(
+        lambda: in_parts((0.0, 0.0)),
+        "nothing of this model is trained, so there is no plan for it\n"
+        "  the optimizer has the rate 0: infer the plan before a warm-up of your own sets it",
+        id="all-rates-0",
+    ),
+    pytest.param(
+        lambda: with_group(lr=float("nan")),
+        "optimizer.param_groups[1]: lr is a number of 0 or more, found nan",
+        id="no-number",
+    ),
+    pytest.param(
+        lambda: with_group(lr_scale="a tenth"),
+        "optimizer.param_groups[1]: lr_scale is a number of 0 or more, found 'a tenth'",
+        id="text",
+    ),
+    pytest.param(
+        lambda: with_group(weight_decay=float("inf")),
+        "optimizer.param_groups[1]: weight_decay is a number of 0 or more, found inf",
+        id="endless",
+    ),
+    pytest.param(
+        two_rates_in_one_tensor,
+        "the parameters that '0.weight' is made of have different rates or weight decays\n"
+        "  a plan gives a tensor one of each: put them into one group of the optimizer",
+        id="two-rates-in-one-tensor",
+    ),
+]
+
+
+@pytest.mark.parametrize(("made", "message"), NO_PLAN)
+def test_what_a_plan_cannot_give_is_refused(made, message) -> None:
+    """By one error, never by one of pydantic's."""
+    with pytest.raises(ApplyError) as error:
+        infer_plan(*made())
+
+    assert str(error.value) == message

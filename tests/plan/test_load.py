@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from freezeplan import apply_plan, resolve_plan
 from freezeplan.errors import PlanError
+from freezeplan.model.describer import create_model
 from freezeplan.plan.catalogue import shipped
-from freezeplan.plan.load import load_plan
+from freezeplan.plan.load import load_plan, read_data
 from freezeplan.plan.schema import Plan, Rule
 
 BAD = Path(__file__).parents[1] / "plans" / "bad"
@@ -84,6 +86,49 @@ def test_a_missing_plan_is_refused_with_what_is_near(plan, message, tmp_path, mo
     assert str(error.value) == message
 
 
+class SomeModel:
+    """A model is told by its parameters, as plans know nothing of torch."""
+
+    named_parameters = None
+
+
+ORDER = "\n  the order is resolve_plan(plan, model) and apply_plan(model, plan)"
+NO_PLANS = [
+    pytest.param(SomeModel(), f"a SomeModel{ORDER}", id="model"),
+    pytest.param(SomeModel, f"a type{ORDER}", id="class"),
+    pytest.param(None, "a NoneType", id="nothing"),
+    pytest.param(3, "a int", id="number"),
+    pytest.param(b"full", "a bytes", id="bytes"),
+    pytest.param(
+        [Rule(match=".*", lr_mult=1)],
+        "a list\n  rules stand in a mapping: {'version': 1, 'rules': [...]}",
+        id="rules",
+    ),
+    pytest.param((), "a tuple\n  rules stand in a mapping: {'version': 1, 'rules': [...]}", id="no-rules"),
+    pytest.param(Rule(match=".*", lr_mult=1), "a Rule", id="rule"),
+]
+
+
+@pytest.mark.parametrize(("given", "found"), NO_PLANS)
+def test_what_is_no_plan_is_refused(given, found):
+    """Arguments in the wrong order, nothing, the rules alone."""
+    with pytest.raises(PlanError) as error:
+        load_plan(given)
+
+    assert str(error.value) == f"a plan is a Plan, a mapping, a path or the name of a preset; found {found}"
+
+
+def test_arguments_in_the_wrong_order():
+    """Both calls, with a real model."""
+    model = create_model("test_resnet", meta=True)
+    for call in (lambda: resolve_plan(model, "full"), lambda: apply_plan("full", model)):
+        with pytest.raises(PlanError) as error:
+            call()
+
+        expected = "a plan is a Plan, a mapping, a path or the name of a preset; found a ResNet"
+        assert str(error.value) == expected + ORDER
+
+
 SAME = Plan(
     version=1, name="two parts", rules=[Rule(match=r"features\.0", lr_mult=0.2), Rule(match=[".*"], frozen=True)]
 )
@@ -146,6 +191,61 @@ def test_one_plan_in_three_formats(name, text, tmp_path):
 
     assert load_plan(file) == SAME
     assert load_plan(str(file)) == SAME
+
+
+def json_with(text):
+    """A plan that says some text in JSON."""
+    return f'{{"version": 1, "description": {text}, "rules": [{{"match": ".*", "lr_mult": 1}}]}}'
+
+
+NOT_YAML = [
+    pytest.param('{"version"\n: 1, "rules": [{"match": ".*", "lr_mult": 1}]}', id="line-ahead-of-colon"),
+    pytest.param('{"version": 1, "rules": [{"match": ".*", "lr_mult"\t\r\n\r\n: 1}]}', id="lines-deep-inside"),
+    pytest.param(json_with(f'"{"[" * 300}"'), id="many-brackets"),
+]
+
+
+@pytest.mark.parametrize("text", NOT_YAML)
+def test_json_is_read_where_it_is_no_yaml(text, tmp_path):
+    """The places are found by a parser of YAML, which does not allow all that JSON does."""
+    file = tmp_path / "plan.json"
+    file.write_bytes(text.encode())
+
+    assert load_plan(file).rules == (Rule(match=".*", lr_mult=1),)
+
+
+@pytest.mark.parametrize("char", ["\x7f", "\x80", "\uffff", "\ufffe"])
+def test_characters_of_json_that_yaml_has_not(char, tmp_path):
+    """What is wrong is said of the value, as in any plan, and not of the file."""
+    file = tmp_path / "plan.json"
+    file.write_text(json_with(f'"a{char}"'), encoding="utf-8")
+    with pytest.raises(PlanError) as error:
+        load_plan(file)
+
+    found = f"description: expected printable characters and ends of lines, found {f'a{char}'!a}"
+    assert str(error.value) == f"{file}: {found}"
+    assert read_data(file)[0]["description"] == f"a{char}"
+
+
+TWICE = [
+    pytest.param(
+        '{"version": 1,\n "a": {"b": 1,\n "b": 2}}', ":3:2: duplicate key 'b'\n  first given at line 2", id="yaml"
+    ),
+    pytest.param('{"version"\n: 1, "a": {"b": 1, "b": 2}}', ": duplicate key 'b'", id="behind-what-is-no-yaml"),
+    pytest.param('{"version": 1, "version": 1, "name": "\x7f"}', ": duplicate key 'version'", id="ahead-of-it"),
+    pytest.param('{"version": "\x7f", "a": [{}, {"b": 1, "c": {"b": 1}, "b": 1}]}', ": duplicate key 'b'", id="list"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), TWICE)
+def test_a_key_that_is_given_twice_is_an_error_in_any_json(text, message, tmp_path):
+    """With its place where that is known."""
+    file = tmp_path / "plan.json"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(PlanError) as error:
+        load_plan(file)
+
+    assert str(error.value) == f"{file}{message}"
 
 
 def test_what_a_plan_can_be_given_as(tmp_path):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import tomllib
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from freezeplan.plan.toml_places import toml_places
+from freezeplan.plan import toml_places
+from freezeplan.plan.toml_places import KEY
 
 DOCUMENT = '''\
 version = 1  # a comment with = and [brackets]
@@ -44,10 +47,17 @@ def at(data: Any, loc: tuple[str | int, ...]) -> Any:
     return data
 
 
+def keys_and_values(text: str) -> dict[tuple[str | int, ...], Any]:
+    """The path to each value -> the places of its key and of itself."""
+    found = dict(toml_places.toml_places(text))
+    assert found.pop(()) == (1, 1)
+    return {loc: (found[*loc, KEY], place) for loc, place in found.items() if loc[-1] != KEY}
+
+
 def test_every_way_to_write_a_key_is_found() -> None:
     """Tables, lists of tables, tables below them, dotted and quoted keys, values over several lines."""
     lines = DOCUMENT.split("\n")
-    found = {loc: (key, value) for loc, key, value in toml_places(DOCUMENT)}
+    found = keys_and_values(DOCUMENT)
 
     assert found == {
         ("version",): ((1, 1), (1, 11)),
@@ -71,8 +81,11 @@ def test_every_way_to_write_a_key_is_found() -> None:
 
 KEYS = st.sampled_from(["match", "a-b", "x1", '"quoted = key"', "'lit.eral'"])
 VALUES = st.sampled_from(
-    ["1", '"te # xt"', "'li = teral'", "[1, 2]", "[\n  1,\n  [2],\n]", '"""\n[x]\ny = 1\n"""', "{a = 1}"]
-)
+    [
+        "1", '"te # xt"', "'li = teral'", "[1, 2]", "[\n  1,\n  [2],\n]", '"""\n[x]\ny = 1\n"""', "{a = 1}",
+        '"a \\" ["', "'\\'", '"""a \\""" [\n """""', "'''\\\n'[''''", "[ # ] \"\n '#', {b = [\n]}\n]", '""', "''''''",
+    ]
+)  # fmt: skip
 
 
 @given(st.lists(st.tuples(st.sampled_from(["t", "u.v", "'w w'"]), st.lists(st.tuples(KEYS, VALUES), max_size=4))))
@@ -84,7 +97,7 @@ def test_what_is_found_is_what_the_parser_reads(tables: list[tuple[str, list[tup
     text = "\n".join(lines)
     data = tomllib.loads(text)
 
-    found = {loc: (key, value) for loc, key, value in toml_places(text)}
+    found = keys_and_values(text)
 
     assert len(found) == sum(1 + len(dict(pairs)) for _, pairs in tables)
     for loc, (key, value) in found.items():
@@ -98,3 +111,26 @@ def test_what_is_found_is_what_the_parser_reads(tables: list[tuple[str, list[tup
             assert loc[-1] == name.strip("\"'")
             assert line[value[1] - 1 :] == written
             at(data, loc)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "  {{match = 'layer{0}', lr_mult = 0.5}},\n",
+        "  {{match = [\n    'layer{0}', # one\n  ], lr_mult = 0.5}},\n",
+        "  {{match = '''\nlayer{0}''', lr_mult = 0.5}},\n",
+    ],
+)
+def test_a_value_of_many_lines_is_read_once(rule, monkeypatch) -> None:
+    """The parser gets no more text than the document has, however many lines a list of rules takes."""
+    text = f"rules = [\n{''.join(map(rule.format, range(200)))}]\n"
+    given = []
+
+    def counted(part: str) -> Any:
+        given.append(len(part))
+        return tomllib.loads(part)
+
+    monkeypatch.setattr(toml_places, "tomllib", SimpleNamespace(loads=counted, TOMLDecodeError=tomllib.TOMLDecodeError))
+
+    assert keys_and_values(text) == {("rules",): ((1, 1), (1, 9))}
+    assert sum(given) <= len(text)
