@@ -56,7 +56,7 @@ def explained(directory: Path) -> Iterator[None]:
     except OSError as error:
         raise FreezePlanError(
             f"{directory}: features cannot be kept there: {error.strerror or error}",
-            notes=["another folder (directory=, or XDG_CACHE_HOME), or train without: freezeplan run --no-cache"],
+            notes=["another folder: --cache-dir, in Python directory=; compare and run can do without: --no-cache"],
         ) from error
 
 

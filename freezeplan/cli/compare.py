@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -79,7 +80,7 @@ def compare(
     """
     if address is not None and on != "ray":
         raise typer.BadParameter("it is for --on ray alone", param_hint="--address")
-    if any(rate <= 0 for rate in lr or ()):
+    if not all(0 < rate < math.inf for rate in lr or ()):
         raise typer.BadParameter("a number above 0", param_hint="--lr")
     try:
         from freezeplan.training.compare_command import compare_plans

@@ -46,7 +46,7 @@ def suggest(
     weights: WeightsOption = None,
     data_dir: DataDirOption = None,
     budget: Annotated[
-        str, typer.Option(metavar="TIME", help="Time for everything, about: 90s, 2m, 1h. What is longer is skipped.")
+        str, typer.Option(metavar="TIME", help="Time for everything, about: 90s, 2m, 1h. Longer steps are skipped.")
     ] = "2m",
     images: Annotated[int, typer.Option(min=4, help="Training images that are used, at most.")] = 1000,
     epochs: Annotated[int, typer.Option(min=1, help="Of a trial.")] = 3,
@@ -57,7 +57,7 @@ def suggest(
         Path | None, typer.Option(metavar="DIR", help="Where the plan goes.", show_default="runs/suggest-DATE-TIME")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Take the trials that --out holds; they cost no time.")
+        bool, typer.Option("--resume", help="Take the finished trials in --out; they need no budget.")
     ] = False,
     skip_bad: SkipBadOption = False,
     device: DeviceOption = "auto",

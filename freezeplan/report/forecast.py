@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from freezeplan.api import apply_plan
 from freezeplan.cache.calls import tensors, undisturbed
 from freezeplan.cache.prefix import Prefix
-from freezeplan.errors import ModelError
+from freezeplan.errors import FreezePlanError, ModelError
 from freezeplan.plan.load import PlanLike, load_plan
 
 
@@ -57,6 +57,9 @@ class Cost:
         moments, steps = {"sgd": (0, 0), "sgd-momentum": (1, 0), "rmsprop": (1, 1), "adamw": (2, 1)}[name]
         return moments * self.gradient_bytes + steps * 4 * self.tensors
 
+
+_MOST_BYTES = 2**63 - 1
+"""Of one tensor, as torch counts."""
 
 OPTIMIZERS = ("sgd", "sgd-momentum", "rmsprop", "adamw")
 
@@ -134,7 +137,7 @@ def forecast(create: Callable[[], nn.Module], plan: PlanLike, *, image_size: int
 
     Raises:
         PlanError: If the plan does not fit the model.
-        ModelError: If the model cannot be run without numbers, or not on images of this size.
+        ModelError: If the model cannot be run without numbers, or not on images of this size or so many.
 
     Examples:
         >>> from freezeplan.model import create_model
@@ -149,6 +152,8 @@ def forecast(create: Callable[[], nn.Module], plan: PlanLike, *, image_size: int
     with FakeTensorMode(allow_non_fake_inputs=True):
         _without_memory(model)
         channels = int(getattr(model, "pretrained_cfg", {}).get("input_size", (3,))[0])
+        if 4 * max(batch_size, 3) * channels * image_size**2 > _MOST_BYTES:
+            raise _too_large(batch_size, image_size)
         images = torch.zeros(batch_size, channels, image_size, image_size)
         sample = torch.zeros(3, channels, image_size, image_size)
         try:
@@ -158,7 +163,11 @@ def forecast(create: Callable[[], nn.Module], plan: PlanLike, *, image_size: int
             live.undo()
             model.requires_grad_(True).train()
             full = _cost(model, images)
+        except FreezePlanError:
+            raise
         except (RuntimeError, AssertionError, ValueError) as error:
+            if "overflow" in str(error).lower():  # of what the model makes of the images
+                raise _too_large(batch_size, image_size) from error
             raise ModelError(
                 f"cannot run the model on images of {image_size} pixels without numbers: {error}",
                 notes=["--image-size, or a model whose code does not read values"],
@@ -174,6 +183,13 @@ def forecast(create: Callable[[], nn.Module], plan: PlanLike, *, image_size: int
         cost=cost,
         full=full,
         prefix=found,
+    )
+
+
+def _too_large(batch_size: int, image_size: int) -> ModelError:
+    return ModelError(
+        f"{batch_size:,} images of {image_size:,} pixels have more numbers than torch can count",
+        notes=["give a smaller --batch-size or --image-size"],
     )
 
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.cells import cell_len
+from rich.console import Console
+from rich.console import Group as Lines
 from rich.padding import Padding
+from rich.segment import Segment, Segments
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
@@ -23,8 +26,10 @@ from freezeplan.errors import FreezePlanError, printable
 from freezeplan.plan.schema import Plan
 from freezeplan.report.diff import Change
 from freezeplan.report.rows import Node, count, phase_end, rule_line, tree
-from freezeplan.resolve.resolution import Resolution, in_phases
+from freezeplan.resolve.resolution import Group, Resolution, in_phases
 
+_NAME = 20
+"""Columns that the name of a row keeps on a narrow screen."""
 UNPLACED = "left out by timm's matcher (layer_decay 1, a stage only by place)"
 
 
@@ -36,6 +41,33 @@ def stdout() -> Console:
 def stderr() -> Console:
     """Return the console for problems and progress."""
     return Console(stderr=True, markup=False, highlight=False)
+
+
+def print_table(
+    console: Console, titles: Sequence[str], rows: Sequence[Sequence[str | Text]], *, left: Collection[str] = ()
+) -> None:
+    """Print rows below titles so that no cell is cut. Where the console is too narrow, the first column is folded.
+
+    Where it still is, lines run on past its edge, as in a file.
+
+    Args:
+        console: Where it goes.
+        titles: One a column. The first column is text, the others are numbers.
+        rows: With a cell for each column.
+        left: Titles of further columns that begin at the left.
+    """
+    widths = [max(cell_len(str(cell)) for cell in (title, *cells)) for title, *cells in zip(titles, *rows, strict=True)]
+    gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= console.width else 1
+    numbers = sum(widths[1:]) + gap * (len(widths) - 1)
+    widths[0] = min(widths[0], max(_NAME, console.width - numbers))
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="dim")
+    table.add_column(titles[0], overflow="fold", width=widths[0])
+    for title, width in zip(titles[1:], widths[1:], strict=True):
+        table.add_column(title, justify="left" if title in left else "right", no_wrap=True, width=width)
+    for row in rows:
+        table.add_row(*row)
+    for line in console.render_lines(table, console.options.update(width=widths[0] + numbers), pad=False):
+        console.print(Segments([*line, Segment.line()]), soft_wrap=True, end="")
 
 
 def waiting(text: str, console: Console | None = None) -> Status:
@@ -86,7 +118,8 @@ def print_resolution(resolution: Resolution, lr: float | None) -> None:
             size = f"{found['elements']:>13,} in {found['tensors']} tensors"
             console.print(Text.assemble((f"{label:<10}", style), size))
     console.print()
-    console.print(_groups(resolution, lr))
+    titles = ("group", "lr" if lr is not None else "lr_mult", "wd_mult", "tensors", "elements")
+    print_table(console, titles, [_group(group, lr) for group in resolution.groups])
     print_rules(resolution, console)
 
 
@@ -189,12 +222,10 @@ def print_forecast(found: Mapping[str, Any]) -> None:
         Text(f"{found['plan']}{phase} on {found['model']}, {size} x {size} pixels, {batch} images a step", "bold"),
         soft_wrap=True,
     )
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for title in ("", "this plan", "everything", "ratio"):
-        table.add_column(title, justify="right" if title else "left", no_wrap=True)
+    rows: list[tuple[str, ...]] = []
 
     def add(title: str, mine: int, full: int) -> None:
-        table.add_row(title, f"{mine:,}", f"{full:,}", f"{mine / full:.3g}" if full else "-")
+        rows.append((title, f"{mine:,}", f"{full:,}", f"{mine / full:.3g}" if full else "-"))
 
     mine, full = found["costs"]["plan"], found["costs"]["full"]
     add("trained parameters", mine["trained"], full["trained"])
@@ -204,7 +235,7 @@ def print_forecast(found: Mapping[str, Any]) -> None:
     add("activations kept, bytes a step", mine["activation_bytes"], full["activation_bytes"])
     add("forward FLOPs an image", mine["forward_flops"], full["forward_flops"])
     add("backward FLOPs an image", mine["backward_flops"], full["backward_flops"])
-    console.print(table)
+    print_table(console, ("", "this plan", "everything", "ratio"), rows)
     console.print(f"a step takes {found['ratio']:.3g} of the arithmetic of training everything", soft_wrap=True)
     if found["behind_flops"]:
         console.print(
@@ -259,7 +290,7 @@ def _tree(node: Node) -> Tree:
     return branch
 
 
-def _label(node: Node) -> Group | Text:
+def _label(node: Node) -> Lines | Text:
     style = {True: "cyan", False: "green", None: ""}[node.frozen]
     each = f" ({node.alike} alike)" if node.alike > 1 else ""
     plural = "s" * (node.tensors != 1)
@@ -267,12 +298,6 @@ def _label(node: Node) -> Group | Text:
     return Text.assemble(node.name, "  ", (node.decision, style), "  " if node.decision else "", (size, "dim"))
 
 
-def _groups(resolution: Resolution, lr: float | None) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("group")
-    for title in ("lr" if lr is not None else "lr_mult", "wd_mult", "tensors", "elements"):
-        table.add_column(title, justify="right")
-    for group in resolution.groups:
-        shown = in_phases(["-" if rate is None else f"{rate if lr is None else rate * lr:g}" for rate in group.rates])
-        table.add_row(Text(group.name), shown, f"{group.wd_mult:g}", str(len(group.tensors)), f"{group.elements:,}")
-    return table
+def _group(group: Group, lr: float | None) -> tuple[str, ...]:
+    shown = in_phases(["-" if rate is None else f"{rate if lr is None else rate * lr:g}" for rate in group.rates])
+    return group.name, shown, f"{group.wd_mult:g}", str(len(group.tensors)), f"{group.elements:,}"

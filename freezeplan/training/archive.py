@@ -26,6 +26,9 @@ RATIO = 20
 _META = 2**16
 """Bytes of a long name or of extended attributes."""
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_CALLED = (".tar", ".tar.gz", ".tgz")
+"""How a file is called that may be a damaged tar; of another name it is something else."""
+_ZIP = (b"PK\3\4", b"PK\5\6")
 
 
 class Files(Protocol):
@@ -211,6 +214,8 @@ def _index(path: Path, handle: IO[bytes]) -> Iterator[tuple[str, tuple[int, int]
             member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             size = int(attributes.get("size", member.size))
         except (tarfile.TarError, ValueError) as error:
+            if at == 0 and (block.startswith(_ZIP) or not path.name.lower().endswith(_CALLED)):
+                raise _no_tar(path) from None
             # A whole archive ends with a block of zeros.
             reason = str(error) if at == 0 else f"it breaks off at byte {at}, before the end mark of a tar"
             raise _damaged(path, reason) from None
@@ -290,6 +295,14 @@ def _shown(name: str, limit: int = 100) -> str:
     return plain if len(name) <= limit else f"{plain}..."
 
 
+def _no_tar(path: Path) -> DataError:
+    notes = [
+        "unpack a zip or another archive first, and give the folder",
+        f"a folder, a {', a '.join(_CALLED[:-1])} or a {_CALLED[-1]} can be read",
+    ]
+    return DataError("no tar archive", where=str(path), notes=notes)
+
+
 def _damaged(path: Path, reason: object) -> DataError:
     notes = ["download or copy it again; a folder, a .tar, a .tar.gz or a .tgz can be read"]
     return DataError(f"not a whole tar archive ({reason})", where=str(path), notes=notes)
@@ -299,13 +312,19 @@ def _root(path: Path, mark: str, marks: Sequence[str], top: Iterable[str]) -> st
     roots = sorted(found.removesuffix(mark).rstrip("/") or "." for found in marks)
     chosen = [root for root in roots if PurePosixPath(root).name == "VOC2012"] or roots
     if not chosen:
-        notes = [f"looked for {mark} in it and in the folders below", f"found {_some(sorted(top))}"]
+        notes = [f"looked for {mark} in it and in the folders below", f"found {some(sorted(top))}"]
         raise DataError("not in PASCAL VOC's layout", where=str(path), notes=notes)
     if len(chosen) > 1:
         raise DataError(f"holds several data sets: {', '.join(chosen)}", where=str(path), notes=["give one of them"])
     return chosen[0]
 
 
-def _some(names: Sequence[str], limit: int = 5) -> str:
+def some(names: Sequence[str], limit: int = 5) -> str:
+    """Return the first of some names, as a terminal may have them, and how many more there are.
+
+    Examples:
+        >>> some(["a", "b", "c"], limit=2)
+        'a, b and 1 more'
+    """
     shown = ", ".join(map(_shown, names[:limit])) or "nothing"
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

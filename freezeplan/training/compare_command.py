@@ -27,13 +27,15 @@ from freezeplan.training.checkpoint import check_same_run, read_facts
 from freezeplan.training.compare import RATES, compare, decode_photos, fit_to, least_frozen_first, load_plans
 from freezeplan.training.compare_report import FILES, percent, print_ranking, write
 from freezeplan.training.halving import compare_by_halves, said
+from freezeplan.training.measures import commonest_error
 from freezeplan.training.on_ray import on_ray
-from freezeplan.training.photos import read_photos
-from freezeplan.training.ranking import Trial, rank, without_images
+from freezeplan.training.photos import read_photos, without_bad
+from freezeplan.training.ranking import Trial, rank, verdict, without_images
 from freezeplan.training.settings import Amp, Settings
 from freezeplan.training.train import Epoch
 from freezeplan.training.trials import Comparison, Job, one_by_one
-from freezeplan.training.weights import blank, default_image_size, weights_title
+from freezeplan.training.voc import VocData
+from freezeplan.training.weights import blank, check_start, default_image_size, weights_title
 
 TRIALS = "trials"
 """The folder below ``--out`` that keeps each trial."""
@@ -100,7 +102,8 @@ def compare_plans(
     stdout, stderr = terminal.stdout(), terminal.stderr()
     loaded = load_plans(plans)
     out = out or Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")
-    if not resume and ((out / TRIALS).exists() or any((out / name).exists() for name in FILES)):
+    check_folder(out)
+    if not resume and (holds_trials(out / TRIALS) or any((out / name).exists() for name in FILES)):
         raise OutputError("already holds a comparison", where=str(out), notes=["--resume goes on with it"])
     rates, seeds = list(dict.fromkeys(lr or RATES)), list(dict.fromkeys(seed or [0]))
     found = read_photos(data, seed=seeds[0], data_dir=data_dir, skip_bad=skip_bad)
@@ -115,8 +118,7 @@ def compare_plans(
     comparison = Comparison(fitting, chosen, model, weights, len(found.classes))
     jobs = [Job(plan, rate, one) for plan in least_frozen_first(fitting, empty) for one in seeds for rate in rates]
     facts = {
-        "data": f"{found.name}: {len(found.train):,} training and {len(found.val):,} validation images, "
-        f"{len(found.classes)} classes",
+        "data": images_of(found),
         **({"split": found.note} if found.note else {}),
         "model": f"{model}; weights: {weights_title(model, weights)}",
         "images": f"{chosen.image_size} pixels, cropped and normalised as {model} expects",
@@ -129,48 +131,97 @@ def compare_plans(
     same = {key: facts[key] for key in ("data", "model", "images", "training")} | {
         "held-out images": f"seed {seeds[0]}"
     }
-    _begin(out / TRIALS / "comparison.json", same, fitting)
+    about, texts = out / TRIALS / "comparison.json", _check_same(out / TRIALS / "comparison.json", same, fitting)
+    check_start(model, classes=len(found.classes), image_size=chosen.image_size, weights=weights)
     with Screen(stderr, len(jobs), epochs) as screen:
         photos = decode_photos(
             found, chosen, seed=seeds[0], transform=eval_transform(model, chosen.image_size), progress=screen.decoded
         )
+        left, bad = without_bad(found, photos.train, photos.held_out)
+        begin(about, texts)
         given = jobs, comparison, photos, screen
         if halving:
             trials, failed, behind = compare_by_halves(*given, folder=out / TRIALS, engine=engine)
         else:
             (trials, failed), behind = compare(*given, folder=out / TRIALS, engine=engine), []
+    if bad:
+        facts |= {"data": images_of(left), "left out": bad}
+        stdout.print(Text(f"left out: {bad}\n"), soft_wrap=True)
     whole = {plan for plan in fitting if not any(job.plan == plan for job in failed)}
     places = rank([trial for trial in trials if trial.plan in whole])
-    print_ranking(stdout, places)
+    sentence = verdict(places, commonest_error(photos.train.labels))
     stopped = [said(trial, epochs) for trial in behind]
-    for line in stopped:
-        stdout.print(f"stopped: {line}", soft_wrap=True)
     results = {
         "facts": facts,
         "settings": asdict(chosen),
         "trials": [without_images(trial) for trial in trials],
+        "skipped": [*photos.train.skipped, *photos.held_out.skipped],
         "stopped": stopped,
         "failed": {job.name: message for job, message in failed.items()},
     }
-    write(out, places, results, f"{len(places)} plans on {found.name}, {model}")
+    if trials:
+        write(out, places, results, f"{len(places)} plans on {found.name}, {model}", sentence)
     for job, message in failed.items():
         stderr.print(f"failed: {job.name}: {message}", soft_wrap=True)
+    if not trials:
+        return 1
+    print_ranking(stdout, places, sentence)
+    for line in stopped:
+        stdout.print(f"stopped: {line}", soft_wrap=True)
     stdout.print(f"\nWritten to {out}: {', '.join(FILES)}", soft_wrap=True)
     return 1 if failed else 0
 
 
-def _begin(about: Path, facts: Mapping[str, str], plans: Mapping[str, Plan]) -> None:
-    """Write down what the trials of a folder have in common, or compare it with what is written there.
+def images_of(data: VocData) -> str:
+    """Say how many images a data set has."""
+    counts = f"{len(data.train):,} training and {len(data.val):,} validation images"
+    return f"{data.name}: {counts}, {len(data.classes)} classes"
+
+
+def _check_same(about: Path, facts: Mapping[str, str], plans: Mapping[str, Plan]) -> Mapping[str, str]:
+    """Return what the trials of a folder have in common, those there and those to come.
 
     Raises:
         OutputError: If the trials in the folder are others, or what is written there is damaged.
     """
     texts = {f"plan {name}": plan.model_dump_json(exclude_defaults=True) for name, plan in plans.items()}
-    found, now = read_facts(about) if about.exists() else {}, {**facts, **texts}
+    found, now = read_facts(about) if holds_trials(about.parent) else {}, {**facts, **texts}
     check_same_run(about, found, {name: now.get(name, value) for name, value in found.items()})
-    about.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(about) as temporary:
-        temporary.write_text(json.dumps({**found, **now}, indent=2), encoding="utf-8")
+    return {**found, **now}
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a path for results that is a file.
+
+    Raises:
+        OutputError: Saying so.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputError("is a file, expected a folder", where=str(out), notes=["give another --out"])
+
+
+def holds_trials(folder: Path) -> bool:
+    """Whether a trial is kept in a folder, or in one below it.
+
+    Examples:
+        >>> holds_trials(Path("no-such-folder"))
+        False
+    """
+    return any(file.name != "comparison.json" for file in folder.rglob("*.json"))
+
+
+def begin(about: Path, facts: Mapping[str, Any]) -> None:
+    """Write down what is asked for, in a folder that is made.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    try:
+        about.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(about) as temporary:
+            temporary.write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror or error}", where=str(about.parent)) from error
 
 
 def eval_transform(model: str, image_size: int) -> Callable[[Any], Tensor]:

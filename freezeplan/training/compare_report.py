@@ -12,12 +12,12 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from freezeplan.atomic import flush, whole_file
 from freezeplan.errors import OutputError
-from freezeplan.training.ranking import Place, as_rows, front, verdict
+from freezeplan.report.terminal import print_table
+from freezeplan.training.ranking import Place, as_rows, front
 
 FILES = ("results.json", "results.csv", "comparison.svg", "report.html")
 ACCENT, OTHER = "#0072b2", "#8a94a0"
@@ -26,7 +26,7 @@ COLUMNS = (
     ("seconds", "right"), ("peak", "right"), ("trained", "right"), ("", "left"),
 )  # fmt: skip
 FRONT, NOISE = "*", "~"
-LEGEND = f"{FRONT} no plan has both a lower error and a shorter time   {NOISE} within noise of the first plan"
+LEGEND = f"{FRONT} no other plan is both more accurate and faster   {NOISE} within noise of the first plan"
 
 
 def cells(place: Place, on_front: bool) -> tuple[str, ...]:
@@ -75,19 +75,17 @@ def size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
-def print_ranking(console: Console, places: Sequence[Place], sentence: str = "") -> None:
-    """Print the ranking as a table, and the verdict, or another sentence in its place."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
-    for name, justify in COLUMNS:
-        table.add_column(name, justify=justify, no_wrap=True, overflow="fold")  # type: ignore[arg-type]
+def print_ranking(console: Console, places: Sequence[Place], sentence: str) -> None:
+    """Print the ranking as a table, and the verdict."""
     on_front = front(places)
-    for number, place in enumerate(places):
-        style = "bold" if number == 0 else ""
-        table.add_row(*(Text(cell, style) for cell in cells(place, place.plan in on_front)))
-    console.print(table)
+    rows = [
+        [Text(cell, "" if number else "bold") for cell in cells(place, place.plan in on_front)]
+        for number, place in enumerate(places)
+    ]
+    print_table(console, [name for name, _ in COLUMNS], rows, left=[name for name, side in COLUMNS if side == "left"])
     console.print(Text(LEGEND, "dim"), soft_wrap=True)
     console.print()
-    console.print(Text(sentence or verdict(places)), soft_wrap=True)
+    console.print(Text(sentence), soft_wrap=True)
 
 
 def to_svg(places: Sequence[Place], title: str) -> bytes:
@@ -145,7 +143,7 @@ def to_csv(places: Sequence[Place]) -> str:
     return text.getvalue()
 
 
-def write(out: Path, places: Sequence[Place], results: Mapping[str, Any], title: str) -> None:
+def write(out: Path, places: Sequence[Place], results: Mapping[str, Any], title: str, sentence: str) -> None:
     """Write the four files, all of them or none.
 
     Args:
@@ -153,6 +151,7 @@ def write(out: Path, places: Sequence[Place], results: Mapping[str, Any], title:
         places: The ranking.
         results: Facts and settings, for ``results.json`` and the page.
         title: Of the picture and the page.
+        sentence: The verdict.
 
     Raises:
         OutputError: If they cannot be written.
@@ -163,7 +162,7 @@ def write(out: Path, places: Sequence[Place], results: Mapping[str, Any], title:
     )
     on_front = front(places)
     page = environment.get_template("compare.html.jinja").render(
-        title=title, verdict=verdict(places), columns=COLUMNS, legend=LEGEND, results=results,
+        title=title, verdict=sentence, columns=COLUMNS, legend=LEGEND, results=results,
         rows=[cells(place, place.plan in on_front) for place in places],
         picture=picture.decode().partition("<svg")[2],
     )  # fmt: skip

@@ -141,7 +141,7 @@ def with_gradients(
         skipped = "gradients: skipped, the classifier is not one linear layer, so it cannot be fitted on features"
         return replace(evidence, skipped=(skipped,))
     if short := budget.short_of(need + ahead):
-        return replace(evidence, skipped=(f"gradients, and the trials as far as the plan made of them: {short}",))
+        return replace(evidence, skipped=(f"gradients, and the trial of the plan that is made of them: {short}",))
     labels = images.labels.cpu()
     pixels = Pixels(model, images, normalise=settings.normalise, channels_last=settings.channels_last)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))

@@ -11,17 +11,16 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from freezeplan.errors import DataError, MissingExtraError, Problem, did_you_mean
-from freezeplan.training.archive import Files, open_any
-from freezeplan.training.voc import IMAGE_SUFFIXES, LISTS, Box, Photo, VocData, read_voc
+from freezeplan.training.archive import Files, open_any, some
+from freezeplan.training.folders import TRAIN, VAL, first, read_folders, unused
+from freezeplan.training.voc import LISTS, Box, Photo, Split, VocData, label, read_voc, to_rgb
 
 VAL_SHARE = 0.2
 """Part of each class that is validated on where the data come in one piece."""
-TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "test")
-"""Names of split folders, and of the values of a table's ``split`` column; the first that is there is taken."""
 TABLES = (".csv", ".parquet")
 OF_TIMM = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
 """How the names of data sets begin that ``timm.data.create_dataset`` reads."""
@@ -36,10 +35,11 @@ def read_photos(
       ``train`` and ``validation``;
     - a ``.csv`` or ``.parquet`` file: columns ``path`` (below the file's folder) and ``label``, and maybe ``split``;
     - a folder or tar with ``ImageSets/Main``: VOC's layout, see ``read_voc``;
-    - a folder or tar of class folders, or of ``train`` and ``val`` (or ``valid``, ``validation``, ``test``) with class
-      folders in them.
+    - a folder or tar of class folders, or of a folder called as one of ``TRAIN`` and one called as one of ``VAL``,
+      with class folders in them.
 
-    Where there is no validation split, a fifth of each class becomes one: which images, the seed decides alone.
+    Where there is no validation split, a fifth of each class becomes one: which images, the seed decides alone. Images
+    are files called ``.jpg``, ``.jpeg`` or ``.png``; ``note`` counts all others.
 
     Args:
         path: What to read.
@@ -53,7 +53,8 @@ def read_photos(
         images were split and what was left out.
 
     Raises:
-        DataError: If nothing is there, no image or one class alone is found, or a class is in one split only.
+        DataError: If nothing is there, no image or one class alone is found, a class is in one split only, or a folder
+            beside that of a split is none.
 
     Examples:
         >>> import tempfile
@@ -104,37 +105,44 @@ def split_each_class(photos: Sequence[Photo], seed: int, share: float = VAL_SHAR
     return [p for p in photos if p.file not in chosen], [p for p in photos if p.file in chosen]
 
 
+def without_bad(data: VocData, *splits: Split) -> tuple[VocData, str]:
+    """Take out of the data what did not decode, and say what that was.
+
+    Args:
+        data: What ``read_photos`` returned.
+        splits: Whatever was decoded of it, with ``skip_bad``.
+
+    Returns:
+        The data with the images that are left, and a sentence with the number and the first names; empty where all
+        images decode. All names are the ``skipped`` of ``splits``.
+
+    Examples:
+        >>> import torch
+        >>> photos = [Photo(f"{n}.jpg", f"{n}.jpg", (Box("rose", 0, 0, 0, 0),)) for n in range(3)]
+        >>> data = VocData("roses", ("rose",), tuple(photos[:2]), tuple(photos[2:]), open_any(Path()))
+        >>> none = torch.empty(0)
+        >>> left, said = without_bad(data, Split(none, {}, none, "first", skipped=("1.jpg",)))
+        >>> len(left.train), len(left.val), said
+        (1, 1, '1 image does not decode: 1.jpg')
+    """
+    gone = {file for split in splits for file in split.skipped}
+    if not gone:
+        return data, ""
+    bad = [photo.file for photo in (*data.train, *data.val) if photo.file in gone]
+    kept = [tuple(photo for photo in side if photo.file not in gone) for side in (data.train, data.val)]
+    said = f"{_images(len(bad))} {'does' if len(bad) == 1 else 'do'} not decode: {some(bad)}"
+    before, after = ({label(photo, splits[0].rule) for photo in side} for side in (data.val, kept[1]))
+    if lost := before - after:
+        said += f"; no validation image is left of {some(sorted(map(repr, lost)))}"
+    return replace(data, train=kept[0], val=kept[1]), said
+
+
 def _of_folders(files: Files, seed: int) -> VocData:
-    where = str(files.path)
-    names = [name for name in files.names() if not _hidden(name)]
-    images = sorted(name for name in names if name.endswith(IMAGE_SUFFIXES))
-    if not images:
-        others = Counter(PurePosixPath(name).suffix or "no suffix" for name in names)
-        found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(3)) or "no file"
-        notes = [f"images are {', '.join(IMAGE_SUFFIXES[:3])} files in one folder a class; found {found}"]
-        raise DataError("no image is in it", where=where, notes=notes)
-    shared = PurePosixPath(*_common([PurePosixPath(name).parent.parts for name in images]))
-    below = {name: PurePosixPath(name).relative_to(shared).parts for name in images}
-    top = {parts[0] for parts in below.values() if len(parts) > 1}
-    train, val = (next((name for name in wanted if name in top), None) for wanted in (TRAIN, VAL))
-    loose = [name for name, parts in below.items() if len(parts) < (3 if train else 2)]
-    if loose or (len(top) < 2 and not train):
-        notes = ["one folder a class: photos/rose/1.jpg; or train/rose/1.jpg and val/rose/2.jpg"]
-        if not loose or (len(loose) == len(images) and shared.parts):
-            found = f"all images are in one folder, {str(shared)!r}, and a class is a folder; two classes or more"
-        elif len(loose) == 1:
-            found = f"an image lies outside a class folder: {loose[0]}"
-        else:
-            found = f"{len(loose)} images lie outside a class folder, the first is {loose[0]}"
-        raise DataError(found, where=where, notes=notes)
-    if train is None:
-        return _whole(files, [_photo(name, parts[0]) for name, parts in below.items()], seed)
-    splits = [[_photo(n, parts[1]) for n, parts in below.items() if parts[0] == split] for split in (train, val)]
-    if val is None:
-        return _whole(files, splits[0], seed)
-    unused = sorted(top - {train, val})
-    note = f"split as in its folders {train} and {val}" + (f"; unused: {', '.join(unused)}" if unused else "")
-    return _data(files, splits[0], splits[1], note)
+    found = read_folders(files.names(), str(files.path))
+    train, val = ([_photo(*image) for image in side.items()] for side in (found.train, found.val))
+    if not val:
+        return _whole(files, train, seed, more=found.notes)
+    return _data(files, train, val, "split as in its folders {} and {}".format(*found.splits), more=found.notes)
 
 
 def _of_table(path: Path, seed: int) -> VocData:
@@ -155,11 +163,11 @@ def _of_table(path: Path, seed: int) -> VocData:
             problems.append(Problem("path and label are needed in every row", line))
         elif not files.has(file):
             problems.append(Problem(f"there is no file {file!r} in {path.parent}", line))
-        elif "split" in row and split not in TRAIN + VAL:
+        elif "split" in row and split.lower() not in TRAIN + VAL:
             problems.append(Problem(f"split is one of {', '.join(TRAIN + VAL)}, found {split!r}", line))
         else:
             photos.append(_photo(file, label))
-            splits.append(split)
+            splits.append(split.lower())
     if problems:
         more = len(problems) - 10
         raise DataError(problems[:10] + ([Problem(f"and {more} more of this kind")] if more > 0 else []))
@@ -168,11 +176,12 @@ def _of_table(path: Path, seed: int) -> VocData:
         raise DataError(f"{twice[0]!r} is in two rows; an image has one class and one split", where=str(path))
     if "split" not in rows[0]:
         return _whole(files, photos, seed, name=path.name)
-    val = next((name for name in VAL if name in splits), "")
+    val = first(VAL, splits) or ""
     sides = [[p for p, split in zip(photos, splits, strict=True) if split in wanted] for wanted in (TRAIN, (val,))]
     if not val:
         return _whole(files, sides[0], seed, name=path.name)
-    return _data(files, sides[0], sides[1], f"split as in its column: train and {val}", name=path.name)
+    rest = unused(set(splits).difference(TRAIN, (val,)))
+    return _data(files, sides[0], sides[1], f"split as in its column: train and {val}", name=path.name, more=rest)
 
 
 def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
@@ -242,7 +251,7 @@ class _Decoded:
         number, _, index = name.partition("/")
         image = self._sets[int(number)][int(index)][0]
         content = io.BytesIO()
-        image.convert("RGB").save(content, "PNG", compress_level=0)
+        to_rgb(image).save(content, "PNG", compress_level=0)
         return content.getvalue()
 
 
@@ -269,15 +278,18 @@ def _photo(file: str, label: str) -> Photo:
     return Photo(file, file, (Box(label, 0, 0, 0, 0),))
 
 
-def _whole(files: Files, photos: Sequence[Photo], seed: int, *, name: str = "") -> VocData:
+def _whole(files: Files, photos: Sequence[Photo], seed: int, *, name: str = "", more: Sequence[str] = ()) -> VocData:
     train, val = split_each_class(photos, seed)
     note = f"no validation split: {VAL_SHARE:.0%} of each class, by seed {seed}"
-    return _data(files, train, val, note, name=name)
+    return _data(files, train, val, note, name=name, more=more)
 
 
-def _data(files: Files, train: Sequence[Photo], val: Sequence[Photo], note: str, *, name: str = "") -> VocData:
+def _data(
+    files: Files, train: Sequence[Photo], val: Sequence[Photo], note: str, *, name: str = "", more: Sequence[str] = ()
+) -> VocData:
     classes = sorted({box.name for photo in (*train, *val) for box in photo.objects})
-    return VocData(name or files.path.resolve().name, tuple(classes), tuple(train), tuple(val), files, note)
+    note, name = "; ".join([note, *more]), name or files.path.resolve().name
+    return VocData(name, tuple(classes), tuple(train), tuple(val), files, note)
 
 
 def _checked(data: VocData, skip_bad: bool) -> VocData:
@@ -286,7 +298,7 @@ def _checked(data: VocData, skip_bad: bool) -> VocData:
     sides = [Counter(photo.objects[0].name for photo in side) for side in (data.train, data.val)]
     if len(data.classes) < 2:
         only = f"one class alone, {data.classes[0]!r}" if data.classes else "no image"
-        raise DataError(f"{only}; two classes or more are needed", where=where)
+        raise DataError(f"{only}; two classes or more are needed", where=where, notes=[data.note])
     lone = {name: sides[0][name] + sides[1][name] for name in data.classes if not (sides[0][name] and sides[1][name])}
     if not lone:
         return data
@@ -294,7 +306,7 @@ def _checked(data: VocData, skip_bad: bool) -> VocData:
     more = f" and {len(lone) - 5} more" if len(lone) > 5 else ""
     what = f"{'class' if len(lone) == 1 else 'classes'} {counted}{more}"
     if not skip_bad:
-        notes = ["add images of it, or leave such classes out with --skip-bad"]
+        notes = ["add images of it, or leave such classes out with --skip-bad", data.note]
         raise DataError(f"{what} cannot be both trained and validated on", where=where, notes=notes)
     kept = [tuple(photo for photo in side if photo.objects[0].name not in lone) for side in (data.train, data.val)]
     note = f"{data.note}; left out: {what}, in one split only"
@@ -304,15 +316,3 @@ def _checked(data: VocData, skip_bad: bool) -> VocData:
 
 def _images(count: int) -> str:
     return "1 image" if count == 1 else f"{count} images"
-
-
-def _hidden(name: str) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
-
-
-def _common(paths: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    """The folders that all paths begin with, less the one that would leave no class folder."""
-    first, last = min(paths), max(paths)
-    count = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    found = first[:count]
-    return found[:-1] if found and found[-1] in TRAIN else found

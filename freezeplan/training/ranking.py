@@ -119,16 +119,41 @@ def front(places: Sequence[Place]) -> tuple[str, ...]:
     return tuple(place.plan for place in found)
 
 
-def verdict(places: Sequence[Place]) -> str:
+def unlearned(places: Sequence[Place], guessing: float) -> str:
+    """Say that no plan learned the training images, in a sentence; empty where one did, or none was trained.
+
+    Args:
+        places: The ranking.
+        guessing: The training error of whoever always names the commonest class.
+    """
+    if not places or any(place.train_error < guessing for place in places):
+        return ""
+    whose = "the plan has" if len(places) == 1 else f"all {len(places)} plans have"
+    return (
+        f"nothing was learned: {whose} a training error that is no better than naming the commonest class each time "
+        f"({100 * guessing:.1f} %); train for more epochs or at other rates, or look at the labels"
+    )
+
+
+def verdict(places: Sequence[Place], guessing: float = 1.0) -> str:
     """Say in one sentence which plan is best, or that there is no evidence and which of the best is the cheapest.
+
+    Args:
+        places: The ranking.
+        guessing: The training error of whoever always names the commonest class; that a plan is best is said only
+            where one is below it.
 
     Examples:
         >>> verdict([])
-        'no plan was trained'
+        'no plan has all of its trials'
     """
     if not places:
-        return "no plan was trained"
+        return "no plan has all of its trials"
+    if said := unlearned(places, guessing):
+        return said
     first, *others = places
+    if not others:
+        return f"{first.plan} alone was trained, its best rate is {first.lr:g}"
     alike = [first, *(place for place in others if place.within_noise)]
     if len(alike) == 1:
         return f"{first.plan} is best, at lr {first.lr:g}"

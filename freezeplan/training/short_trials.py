@@ -30,6 +30,8 @@ class Tried:
     """Of plans that were the first two at some time, with each other part held out."""
     skipped: tuple[str, ...] = ()
     """A sentence for what was skipped, or failed."""
+    failed: bool = False
+    """Whether a trial failed."""
 
 
 def rounds(names: Sequence[str], rates: Sequence[float], seed: int) -> tuple[tuple[Job, ...], ...]:
@@ -111,7 +113,8 @@ def try_out(
                 for job in left:
                     train(job, part, photos)
     again = tuple(tuple(some) for some in found[1:] if some)
-    return Tried(tuple(found[0]), again, (*said.values(), *([not_again] if not_again else [])))
+    skipped = (*said.values(), *([not_again] if not_again else []))
+    return Tried(tuple(found[0]), again, skipped, any(": failed, " in sentence for sentence in said.values()))
 
 
 def ranking(tried: Tried) -> tuple[Place, ...]:

@@ -13,9 +13,10 @@ from freezeplan.errors import PlanError
 from freezeplan.training.costs import costs
 from freezeplan.training.evidence import Budget, Evidence, profile, with_gradients
 from freezeplan.training.gradients import auto_rgn
+from freezeplan.training.measures import commonest_error
 from freezeplan.training.parts import Parts
 from freezeplan.training.probe import carries_to
-from freezeplan.training.ranking import Place
+from freezeplan.training.ranking import Place, unlearned
 from freezeplan.training.short_trials import CHEAP, RATES, Tried, ranking, try_out
 from freezeplan.training.trials import Comparison, Watch
 from freezeplan.training.weights import blank
@@ -122,7 +123,7 @@ def _why_dropped(name: str, evidence: Evidence) -> str:
     return ""
 
 
-def decide(places: Sequence[Place]) -> Decision:
+def decide(places: Sequence[Place], guessing: float = 1.0) -> Decision:
     """Choose a plan from a ranking by its bootstrap intervals.
 
     The first is suggested where its difference to the second is no chance. Otherwise there is no evidence, and the
@@ -131,6 +132,8 @@ def decide(places: Sequence[Place]) -> Decision:
 
     Args:
         places: What ``rank`` returned; may be empty.
+        guessing: The training error of whoever always names the commonest class. Where no plan is below it, the
+            cheapest is named, without evidence.
 
     Examples:
         >>> decide([]).sentence
@@ -139,6 +142,8 @@ def decide(places: Sequence[Place]) -> Decision:
     if not places:
         sentence = f"no plan was tried: {PROBE} is named because it is the cheapest, without evidence"
         return Decision(PROBE, None, sentence)
+    if said := unlearned(places, guessing):
+        return Decision(PROBE, None, f"{said}; {PROBE} is named because it is the cheapest, without evidence")
     first, *others = places
     if not others:
         return Decision(first.plan, first.lr, f"{first.plan} alone was tried, so nothing is known of other plans")
@@ -194,4 +199,4 @@ def suggest(
     left = {one.name: one.plan for one in found if one.plan is not None and not one.dropped}
     tried = try_out(left, parts, comparison, budget, watch, folder=folder, seed=seed, costs=seconds)
     places = ranking(tried)
-    return Suggestion(evidence, found, tried, places, decide(places))
+    return Suggestion(evidence, found, tried, places, decide(places, commonest_error(parts.images.labels)))

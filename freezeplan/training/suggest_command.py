@@ -12,20 +12,28 @@ from typing import Any
 
 import torch
 
-from freezeplan.atomic import whole_file
 from freezeplan.errors import OutputError
 from freezeplan.report import terminal
-from freezeplan.training.compare_command import TRIALS, Screen, cores, device_named, print_facts
+from freezeplan.training.compare_command import (
+    TRIALS,
+    Screen,
+    begin,
+    check_folder,
+    cores,
+    device_named,
+    holds_trials,
+    print_facts,
+)
 from freezeplan.training.evidence import Budget
 from freezeplan.training.parts import PARTS, in_parts
-from freezeplan.training.photos import read_photos, split_each_class
+from freezeplan.training.photos import read_photos, split_each_class, without_bad
 from freezeplan.training.settings import Device, Settings
 from freezeplan.training.short_trials import RATES
 from freezeplan.training.suggest import suggest
 from freezeplan.training.suggest_report import FILES, print_evidence, print_trials, write
 from freezeplan.training.trials import Comparison
 from freezeplan.training.voc import Photo, VocData
-from freezeplan.training.weights import blank, build, default_image_size, weights_title
+from freezeplan.training.weights import blank, build, check_start, default_image_size, weights_title
 
 REQUEST = "request.json"
 """What was asked for, below ``--out``: trials are taken again only for the same."""
@@ -77,7 +85,7 @@ def suggest_plan(
         clock: Seconds, for the budget.
 
     Returns:
-        0.
+        0, or 1 where no trial ran because they failed.
 
     Raises:
         FreezePlanError: If the data, the model or its weights are no good, or ``out`` is not free.
@@ -95,7 +103,8 @@ def suggest_plan(
         "model": model, "weights": weights_title(model, weights), "data": found.name, "images": len(found.train),
         "image_size": settings.image_size, "epochs": epochs, "batch_size": batch_size, "seed": seed, "parts": PARTS,
     }  # fmt: skip
-    _claim(out, resume, request)
+    _check_free(out, resume, request)
+    check_start(model, classes=len(found.classes), image_size=settings.image_size, weights=weights)
     start = build(
         model, classes=len(found.classes), image_size=settings.image_size, weights=weights, seed=seed
     ).to(torch.device(settings.device))  # fmt: skip
@@ -105,22 +114,26 @@ def suggest_plan(
     try:
         with Screen(stderr, 0, epochs, error="held-out error") as screen:
             parts = in_parts(found, settings, seed, model, screen.decoded)
+            begin(out / REQUEST, request)
             suggestion = suggest(start, parts, comparison, limit, screen, folder=out / TRIALS, seed=seed)
     finally:
         torch.set_num_threads(threads_before)
+    _, bad = without_bad(found, parts.images)
     facts = {
         "model": f"{model}; weights: {weights_title(model, weights)}",
         "data": f"{found.name}: {len(parts.images.labels):,} training images in {len(parts)} parts, of which one is "
         f"held out, {len(found.classes)} classes; the validation images were not read",
+        **({"split": found.note} if found.note else {}),
+        **({"left out": bad} if bad else {}),
         "images": f"{settings.image_size} pixels",
         "trials": f"{epochs} epochs of AdamW, constant rate, batch size {batch_size}, seed {seed}",
         "errors": "on the images held out; rate and plan are chosen by the same, so they are a little too low",
         "time": f"{budget - limit.left:.0f} s of {budget:.0f} s",
     }
+    plan = write(out, suggestion, blank(model, len(found.classes)), facts, f"{found.name}, {model}")
     print_facts(stdout, facts)
     print_evidence(stdout, suggestion.evidence)
     print_trials(stdout, suggestion)
-    plan = write(out, suggestion, blank(model, len(found.classes)), facts, f"{found.name}, {model}")
     stdout.print(f"\nWritten to {out}: {', '.join(FILES)}", soft_wrap=True)
     rate = suggestion.decision.lr
     words = [
@@ -129,12 +142,13 @@ def suggest_plan(
         *(["--lr", f"{rate:g}"] if rate else []),
     ]  # fmt: skip
     stdout.print(f"Train it fully:\n{shlex.join(words)}", soft_wrap=True)
-    return 0
+    return int(suggestion.tried.failed and not suggestion.tried.trials)
 
 
-def _claim(out: Path, resume: bool, request: dict[str, Any]) -> None:
-    """Write down what is asked for; refuse a folder with another suggestion, or with this one without ``resume``."""
-    if (out / TRIALS).exists() or any((out / name).exists() for name in FILES):
+def _check_free(out: Path, resume: bool, request: dict[str, Any]) -> None:
+    """Refuse a folder with another suggestion, or with this one without ``resume``."""
+    check_folder(out)
+    if holds_trials(out / TRIALS) or any((out / name).exists() for name in FILES):
         if not resume:
             raise OutputError("already holds a suggestion", where=str(out), notes=["--resume goes on with it"])
         try:
@@ -146,12 +160,6 @@ def _claim(out: Path, resume: bool, request: dict[str, Any]) -> None:
             found = ", ".join(f"{key} {before.get(key)}, now {request[key]}" for key in other)
             notes = ["give another --out"]
             raise OutputError(f"holds a suggestion for something else: {found}", where=str(out), notes=notes)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with whole_file(out / REQUEST) as temporary:
-            temporary.write_text(json.dumps(request), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot be written: {error.strerror or error}", where=str(out)) from error
 
 
 def fewer(data: VocData, images: int, seed: int) -> VocData:

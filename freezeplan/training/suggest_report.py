@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from torch import nn
 
@@ -19,6 +18,7 @@ from freezeplan.atomic import flush, whole_file
 from freezeplan.errors import OutputError
 from freezeplan.model.describer import describe
 from freezeplan.plan.dump import dump
+from freezeplan.report.terminal import print_table
 from freezeplan.training.compare_report import ACCENT, OTHER, percent, print_ranking, svg
 from freezeplan.training.evidence import Evidence
 from freezeplan.training.probe import carries_to
@@ -34,16 +34,14 @@ def print_evidence(console: Console, evidence: Evidence) -> None:
     rates = {pull.stage: pull for pull in evidence.pulls}
     depths = {depth.stage: depth for depth in evidence.depths}
     if depths or rates:
-        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
         gradients = ("relative gradient", "of the largest") if rates else ()
-        for name in ("stage", "features", "probe error %", "+-", *gradients):
-            table.add_column(name, justify="right", no_wrap=True)
+        rows = []
         for stage in sorted({*depths, *rates}):
             depth, pull = depths.get(stage), rates.get(stage)
             first = (str(depth.channels), percent(depth.error), percent(depth.spread)) if depth else ("", "", "")
             second = (f"{pull.norm:.2g}", f"{pull.rate:.2f}") if pull else ("",) * len(gradients)
-            table.add_row(str(stage), *first, *second)
-        console.print(table)
+            rows.append((str(stage), *first, *second))
+        print_table(console, ("stage", "features", "probe error %", "+-", *gradients), rows)
     for sentence in (*carried(evidence), *pulled(evidence), *evidence.skipped):
         console.print(Text(sentence), soft_wrap=True)
     console.print()
@@ -62,7 +60,7 @@ def carried(evidence: Evidence) -> tuple[str, ...]:
     best, first = carries_to(evidence.depths)
     early = "no earlier stage is within a standard error"
     if first.stage != best.stage:
-        early = f"stage {first.stage} is the first within a standard error, with {percent(first.error)} %"
+        early = f"stage {first.stage} is already within a standard error of it, with {percent(first.error)} %"
     stages = f"{evidence.depths[0].stage} to {evidence.depths[-1].stage}"
     said = f"a ridge probe is best at stage {best.stage} of {stages}, with {percent(best.error)} % error; {early}"
     last = evidence.depths[-1]

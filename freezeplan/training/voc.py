@@ -213,7 +213,7 @@ def load_split(
         images = images[good]
     kept = [photos[row] for row in good]
     if split == "train":
-        _check_every_class_is_trained(data, kept, rule)
+        _check_every_class_is_trained(data, photos, kept, rule)
     return Split(
         images,
         {one: torch.tensor([data.classes.index(label(p, one)) for p in kept]) for one in get_args(LabelRule)},
@@ -249,11 +249,36 @@ def decode(content: bytes, image_size: int, resize: Resize = "squash") -> Tensor
 
 
 def open_image(content: bytes) -> Image.Image:
-    """Decode one image to RGB in its own size; ``decode`` says what is raised."""
+    """Decode one image to RGB in its own size, as it is stored; ``decode`` says what is raised."""
     with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
         if picture.width * picture.height > (Image.MAX_IMAGE_PIXELS or 0):
             raise Image.DecompressionBombError(f"{picture.width} x {picture.height} pixels are too many")
-        return picture.convert("RGB")
+        return to_rgb(picture)
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Return an image with eight bits each of red, green and blue.
+
+    Of 16 bits of grey the upper eight are taken, as PIL does of 16 bits of a colour; PIL's own ``convert`` would make
+    everything from 256 on white. Transparency is dropped and the stored colours are taken, as timm does.
+
+    Args:
+        picture: Of any mode.
+
+    Raises:
+        ValueError: If nothing says which of its numbers is white, or PIL knows no way from its mode.
+
+    Examples:
+        >>> to_rgb(Image.fromarray(np.array([[255, 256, 65535]], dtype=np.uint16))).getpixel((2, 0))
+        (255, 255, 255)
+    """
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):  # I: pillow before 11
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    elif picture.mode[0] in "IF":
+        raise ValueError(f"pixels of mode {picture.mode}, for which black and white are no fixed numbers")
+    elif picture.mode == "P" and "transparency" in picture.info:
+        picture = picture.convert("RGBA")  # straight to RGB is the same, with a warning
+    return picture.convert("RGB")
 
 
 def _read_list(files: Files, file: str, problems: list[Problem]) -> tuple[Photo, ...]:
@@ -345,11 +370,15 @@ def _presence(photo: Photo, name: str) -> int:
     return 0 if not boxes else -1 if all(box.difficult for box in boxes) else 1
 
 
-def _check_every_class_is_trained(data: VocData, photos: Sequence[Photo], rule: LabelRule) -> None:
-    missing = set(data.classes) - {label(photo, rule) for photo in photos}
-    if missing:
+def _check_every_class_is_trained(
+    data: VocData, photos: Sequence[Photo], kept: Sequence[Photo], rule: LabelRule
+) -> None:
+    listed, decoded = ({label(photo, rule) for photo in some} for some in (photos, kept))
+    if missing := set(data.classes) - decoded:
         names = ", ".join(map(repr, sorted(missing)))
         notes = [f"classes are the names found in the annotations; --label {rule} gives this one to no training image"]
+        if missing <= listed:
+            notes = ["no training image of it decodes: replace them, or leave the class out"]
         raise DataError(f"no training image for class {names}", where=str(data.files.path), notes=notes)
 
 

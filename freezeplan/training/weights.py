@@ -140,6 +140,47 @@ def build(
     return model
 
 
+def check_start(name: str, *, classes: int, image_size: int, weights: str | Path | None) -> None:
+    """Refuse a model, a size or weights that no training can start from, before images are decoded.
+
+    Args:
+        name: As ``build`` takes it, and so are the others.
+        classes: Number of classes.
+        image_size: Side of the square images in pixels.
+        weights: A file, ``random`` or None.
+
+    Raises:
+        ModelError: As ``build`` does, and where the model does not take images of this size.
+        WeightsError: As ``build`` does.
+
+    Examples:
+        >>> check_start("test_vit", classes=3, image_size=33, weights="random")
+        Traceback (most recent call last):
+        ...
+        freezeplan.errors.ModelError: test_vit cannot take images of 33 x 33 pixels: Input height (33) should be \
+divisible by patch size (16).
+          it was made for 160
+    """
+    model = build(name, classes=classes, image_size=image_size, weights=weights, seed=0).to("meta").eval()
+    native = _native_size(model)
+    if is_function(name) or not (message := _refused(model, image_size)) or _refused(model, native):
+        return  # what cannot be run without numbers at its own size either says nothing
+    raise ModelError(
+        f"{name} cannot take images of {image_size} x {image_size} pixels: {message}",
+        notes=[f"it was made for {native}"],
+    )
+
+
+def _refused(model: nn.Module, image_size: int) -> str:
+    """What a model on the meta device says of images of a size; empty if it takes them."""
+    try:
+        with torch.no_grad():
+            model(torch.empty(2, 3, image_size, image_size, device="meta"))
+    except (AssertionError, RuntimeError, ValueError, NotImplementedError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return ""
+
+
 def weights_title(name: str, weights: str | Path | None) -> str:
     """Return what the weights are called in results: the file's name, ``random``, timm's, or the function's.
 

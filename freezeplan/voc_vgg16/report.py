@@ -22,7 +22,7 @@ from freezeplan.plan.load import load_plan
 from freezeplan.report.picture import draw
 from freezeplan.resolve.resolver import resolve
 from freezeplan.training.settings import Settings
-from freezeplan.training.voc import FORMATS
+from freezeplan.training.voc import FORMATS, to_rgb
 from freezeplan.voc_vgg16 import statistics
 from freezeplan.voc_vgg16.arms import ARMS, PUBLISHED
 from freezeplan.voc_vgg16.results import COLOURS, to_svg
@@ -210,7 +210,7 @@ def _points(mean: float, deviation: float | None) -> str:
 def _thumbnail(name: str, content: bytes) -> str:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
-            small = picture.convert("RGB")
+            small = to_rgb(picture)
             small.thumbnail((SIDE, SIDE))
     except (OSError, SyntaxError, Image.DecompressionBombError):
         notes = ["the results are of another data set, or it is damaged"]

@@ -619,7 +619,7 @@ def test_a_folder_that_cannot_be_used_is_named(live, tmp_path, below):
 
     assert str(error.value) == (
         f"{where}: features cannot be kept there: Not a directory\n"
-        "  another folder (directory=, or XDG_CACHE_HOME), or train without: freezeplan run --no-cache"
+        "  another folder: --cache-dir, in Python directory=; compare and run can do without: --no-cache"
     )
     assert (listed.exit_code, store.entries(where)) == (0, ())
 
@@ -734,7 +734,7 @@ def test_two_processes_share_the_work(tmp_path, forked):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("keep", "times"), [("disk", 20), ("device", 10)])
+@pytest.mark.parametrize(("keep", "times"), [("disk", 10), ("device", 5)])
 def test_killed_many_times(tmp_path, keep, times, forked, monkeypatch):
     """At random moments: what is there is whole, and the rerun's features are those of an uninterrupted run.
 
@@ -764,4 +764,4 @@ def test_killed_many_times(tmp_path, keep, times, forked, monkeypatch):
             assert not list(where.glob("*/.*.part"))
     finally:
         torch.set_num_threads(threads)
-    assert partly >= 3
+    assert partly >= 2

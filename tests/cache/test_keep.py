@@ -116,7 +116,7 @@ def test_a_full_disk_ends_no_training(live, tmp_path, monkeypatch):
 
     reason = (
         f"{tmp_path}: features cannot be kept there: No space left on device\n"
-        "  another folder (directory=, or XDG_CACHE_HOME), or train without: freezeplan run --no-cache"
+        "  another folder: --cache-dir, in Python directory=; compare and run can do without: --no-cache"
     )
     assert str(error.value) == reason
     assert [str(warning.message) for warning in caught] == [

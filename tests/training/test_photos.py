@@ -192,8 +192,9 @@ TABLES = {
     ),
     "no label": ("path,label\ntrain/rose/1.jpg,\n", "{csv}:2: path and label are needed in every row"),
     "another split": (
-        "path,label,split\ntrain/rose/1.jpg,rose,dev\n",
-        "{csv}:2: split is one of train, training, val, valid, validation, test, found 'dev'",
+        "path,label,split\ntrain/rose/1.jpg,rose,holdout\n",
+        "{csv}:2: split is one of train, training, val, valid, validation, dev, eval, evaluation, test, testing, "
+        "found 'holdout'",
     ),
     "twice": (
         "path,label\ntrain/rose/1.jpg,rose\ntrain/rose/1.jpg,tulip\n",

@@ -447,7 +447,7 @@ def test_gradients_are_not_measured_without_time_for_the_plan_made_of_them():
     assert (found.pulls, found.skipped) == (
         (),
         (
-            "gradients, and the trials as far as the plan made of them: skipped, about 11 s needed and 10 s of the "
+            "gradients, and the trial of the plan that is made of them: skipped, about 11 s needed and 10 s of the "
             "budget left",
         ),
     )

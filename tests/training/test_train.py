@@ -705,15 +705,15 @@ def test_pool5_pixel_by_pixel_is_another_order_of_the_same_inputs() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("arm", ["frozen_convs", "same_lr"])
-def test_compiled_is_near(arm: str) -> None:
-    """On features and on images, the optimizer's step included.
+@pytest.mark.parametrize(("arm", "name", "size"), [("frozen_convs", MODEL, 16), ("same_lr", "test_resnet", 32)])
+def test_compiled_is_near(arm: str, name: str, size: int) -> None:
+    """On features and, of a model that compiles soon, on images, the optimizer's step included.
 
     RMSprop's first step is the gradient's sign times a rate, so that a rounding error turns a step around where the
     gradient is nearly zero: at a small rate that stays a small difference.
     """
-    model, plan, data = start(), load_arms([arm])[arm], (split(), split(8))
-    settings = replace(SETTINGS, epochs=3, lr=2e-5)
+    model, plan, data = start(model=name, size=size), load_arms([arm])[arm], (split(size=size), split(8, size=size))
+    settings = replace(SETTINGS, epochs=3, lr=2e-5, image_size=size)
     runs = [
         train_arm(copy.deepcopy(model), plan, data, replace(settings, compile=way), seed=0, progress=Recorder())
         for way in (False, True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from freezeplan.errors import DataError
+from freezeplan.training.photos import read_photos
 from freezeplan.training.voc import Split, decode, load_split, read_voc
 from freezeplan.voc_vgg16.sample import write_sample
 
@@ -255,8 +257,13 @@ def test_skip_bad_counts_and_goes_on(tmp_path: Path) -> None:
 def test_skip_bad_does_not_lose_a_class(tmp_path: Path) -> None:
     path = folder(tmp_path, small() | {"JPEGImages/t0.jpg": b"nothing"})
 
-    with pytest.raises(DataError, match="no training image for class 'cat'"):
+    with pytest.raises(DataError) as caught:
         splits(path, skip_bad=True)
+
+    assert str(caught.value) == (
+        f"{path}: no training image for class 'cat'\n"
+        "  no training image of it decodes: replace them, or leave the class out"
+    )
 
 
 def test_a_path_to_nothing(tmp_path: Path) -> None:
@@ -323,6 +330,42 @@ def test_what_is_no_archive(content: bytes, tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="not a whole tar archive"):
         read_voc(path)
+
+
+def zipped() -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as file:
+        file.writestr("cats/1.jpg", jpeg(1))
+    return content.getvalue()
+
+
+OTHERS = {
+    "a zip": ("photos.zip", zipped()),
+    "a zip called a tar": ("photos.tar", zipped()),
+    "an empty zip": ("photos.tar", b"PK\5\6" + bytes(18)),
+    "a plan": ("plan.yaml", b"version: 1\n"),
+    "a long text": ("notes.txt", TEXT),
+    "a packed text": ("notes.gz", gzip.compress(TEXT)),
+    "another archive": ("photos.tar.xz", b"\xfd7zXZ" + bytes(range(256)) * 4),
+    "an image": ("photo.jpg", jpeg(1)),
+    "nothing": ("photos", b""),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.parametrize("read", [read_voc, read_photos])
+def test_what_is_no_tar_at_all_says_what_to_do_with_it(case: str, read: Callable[[Path], object], tmp_path: Path):
+    name, content = OTHERS[case]
+    (tmp_path / name).write_bytes(content)
+
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / name)
+
+    assert str(caught.value) == (
+        f"{tmp_path / name}: no tar archive\n"
+        "  unpack a zip or another archive first, and give the folder\n"
+        "  a folder, a .tar, a .tar.gz or a .tgz can be read"
+    )
 
 
 @pytest.mark.slow
