@@ -44,7 +44,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what takes most of an hour, unless it is asked for."""
+    """Leave out what takes a quarter of an hour, unless it is asked for."""
     if "contained" in (config.option.markexpr or ""):
         return
     left = [item for item in items if item.get_closest_marker("contained")]

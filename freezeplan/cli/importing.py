@@ -17,6 +17,8 @@ from freezeplan.plan.dump import dump
 from freezeplan.report import terminal
 
 Format = Literal["timm", "finetuning-scheduler", "mmengine"]
+_SUFFIXES = (".yaml", ".yml", ".json")
+_ONE_OF = ".yaml, .yml or .json"
 
 
 def import_(
@@ -54,8 +56,9 @@ def import_(
     num_classes: NumClasses = None,
     model_arg: ModelArg = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where the plan goes.", show_default="stdout")
+        Path | None, typer.Option(metavar="FILE", help="Where the plan goes: .yaml or .json.", show_default="stdout")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what --out is.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn another tool's settings into a plan that does the same, or say what a plan cannot say.
@@ -68,6 +71,10 @@ def import_(
     target = {"model": model, "num_classes": num_classes, "model_arg": model_arg}
     _only_with("finetuning-scheduler", format, stopping)
     _only_with("mmengine", format, target)
+    if out is not None:
+        _check_free(out, file, overwrite=overwrite)
+    else:
+        _only_with("--out", "", {"overwrite": overwrite or None})
     if format == "timm":
         imported = timm_args.read(file)
     elif format == "mmengine":
@@ -79,7 +86,8 @@ def import_(
         imported = finetuning_scheduler.read(file, **given)
     data = imported.plan.model_dump(mode="json", exclude_defaults=True)
     as_yaml = dump(imported.plan, comments=imported.notes)
-    text = f"{json.dumps(data, indent=2, ensure_ascii=False)}\n" if as_json else as_yaml
+    is_json = as_json or (out is not None and out.suffix.lower() == ".json")
+    text = f"{json.dumps(data, indent=2, ensure_ascii=False)}\n" if is_json else as_yaml
     if as_json or out is not None:
         for note in imported.notes:
             terminal.print_warning(note)
@@ -91,6 +99,19 @@ def import_(
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write {str(out)!r}: {error.strerror}") from None
+
+
+def _check_free(out: Path, file: Path, *, overwrite: bool) -> None:
+    """Refuse, before anything is read, a place that the plan cannot go to."""
+    if out.suffix.lower() not in _SUFFIXES:
+        notes = [f"--out {out.stem or 'plan'}.yaml"]
+        raise OutputError(f"a plan is written to a file that ends in {_ONE_OF}", where=str(out), notes=notes)
+    if out.resolve() == file.resolve():
+        notes = ["give the plan a file of its own"]
+        raise OutputError("OUT is FILE itself, which stays as it is", where=str(out), notes=notes)
+    if out.exists() and not overwrite:
+        notes = ["--overwrite replaces it, or give another file with --out"]
+        raise OutputError("is there already", where=str(out), notes=notes)
 
 
 def _only_with(owner: str, given: str, options: dict[str, Any]) -> None:

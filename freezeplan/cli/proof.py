@@ -31,7 +31,7 @@ def verify(
 ) -> None:
     """Say whether what a plan freezes is the same in two files; exit code 0: held, 1: moved, 2: not comparable.
 
-    Of a checkpoint with an average of the weights (EMA) beside them the weights themselves are compared.
+    If a checkpoint also holds averaged weights (EMA), the normal weights are compared, not the average.
     """
     try:
         with terminal.waiting("comparing weights"):
@@ -99,12 +99,15 @@ def inspect(file: DeltaFile, as_json: AsJson = False) -> None:
 def apply_(
     file: DeltaFile,
     base: Annotated[Path, typer.Argument(metavar="BASE", help="The base's weights: safetensors or a checkpoint.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where the whole weights go, as safetensors.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where the whole weights go: a .safetensors file.")],
 ) -> None:
     """Write the weights of the base with the delta in it; another base is refused by the first tensor that differs."""
     from freezeplan.proof.delta import apply_to_state, read, write
     from freezeplan.proof.weights_file import read_state
 
+    if out.suffix.lower() != ".safetensors":
+        notes = [f"give {out.stem or 'whole'}.safetensors"]
+        raise OutputError("OUT is written as safetensors, and ends in .safetensors", where=str(out), notes=notes)
     for what, path in (("DELTA", file), ("BASE", base)):
         if out.resolve() == path.resolve():
             notes = ["give the whole weights a file of their own"]

@@ -10,6 +10,7 @@ from typing import Any
 
 from freezeplan.errors import PlanError, did_you_mean
 from freezeplan.importers.imported import Imported, refused
+from freezeplan.importers.origin import SCHEDULE, check_origin
 from freezeplan.plan.load import read_data
 from freezeplan.plan.location import Source
 from freezeplan.plan.regex import objection
@@ -40,15 +41,17 @@ def read(path: Path, *, lr: float | None = None, monitor: str = MONITOR, patienc
         patience: Its patience: epochs without a new best value.
 
     Raises:
-        PlanError: If depths are not 0, 1, 2, ...; a ``max_transition_epoch`` is no integer, or not above that of the
-            depth before; a key or a value is one that a plan cannot say; or later depths need ``lr`` and it was not
-            given.
+        PlanError: If the file is another tool's or a plan; depths are not 0, 1, 2, ...; a ``max_transition_epoch`` is
+            no integer, or not above that of the depth before; a key or a value is one that a plan cannot say; or later
+            depths need ``lr`` and it was not given.
     """
     if lr is not None:
         lr = _above_0("lr", lr, "")
     with refused("--monitor and --patience"):
         plateau = Plateau(metric=monitor, patience=patience)
+    check_origin(None, path, SCHEDULE)
     data, source = read_data(path)
+    check_origin(data, path, SCHEDULE)
     if not isinstance(data, dict) or set(map(str, data)) != set(map(str, range(len(data)))) or not data:
         raise PlanError("a schedule is a mapping with the depths 0, 1, 2, ... as keys", where=source.where(()))
     depths = [(key, data[key]) for key in sorted(data, key=int)]

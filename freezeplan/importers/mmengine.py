@@ -11,6 +11,7 @@ from freezeplan.importers import paramwise
 from freezeplan.importers.frozen_keys import frozen_rules
 from freezeplan.importers.imported import Imported, refused
 from freezeplan.importers.layer_decay import MMPRETRAIN, READS, LayerDecay
+from freezeplan.importers.origin import CONFIG, check_origin
 from freezeplan.importers.python_config import SECTIONS, Unread, read_python
 from freezeplan.model.description import Description
 from freezeplan.plan.load import read_data
@@ -36,13 +37,14 @@ def read(path: Path, model: Description | None = None) -> Imported:
         model: The model that the plan is for.
 
     Raises:
-        PlanError: If the file says nothing of these things, inherits from others, does not write them out as literals,
-            or has a key that a plan cannot say, with what to write instead.
+        PlanError: If the file is another tool's or a plan, says nothing of these things, inherits from others, does not
+            write them out as literals, or has a key that a plan cannot say, with what to write instead.
 
     Note:
         As ``mmengine.optim.DefaultOptimWrapperConstructor.add_params``, mmengine 0.10; the others in ``layer_decay``.
     """
     data, source = read_python(path) if path.suffix.lower() == ".py" else read_data(path)
+    check_origin(data, path, CONFIG)
     if not isinstance(data, dict):
         raise PlanError("a config is a mapping", where=source.where(()))
     _check_whole(data, source, path)

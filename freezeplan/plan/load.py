@@ -13,7 +13,7 @@ import re
 import tomllib
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from freezeplan.errors import FreezePlanWarning, PlanError, did_you_mean
+from freezeplan.errors import FreezePlanWarning, PlanError, did_you_mean, printable
 from freezeplan.plan import catalogue
 from freezeplan.plan.location import Loc, Source
 from freezeplan.plan.refusal import refusal, stage_notes
@@ -39,6 +39,8 @@ _ESCAPE_HINT = r"in a regular expression write single quotes, 'features\.0', or 
 _QUOTE_HINT = (
     r"inline braces end a plain pattern at [ ] { } and a comma: quote it, {match: 'blocks\.[0-3]', frozen: true}"
 )
+_IN_A_PATTERN = re.compile(r"""[^\s\[\]{},:'"][\[{]|[\]}][^\s\[\]{},:'"]""")
+"""A bracket that stands against text: the end of a plain pattern, or the beginning of one."""
 
 
 def load_plan(plan: PlanLike) -> Plan:
@@ -83,6 +85,8 @@ def load_plan(plan: PlanLike) -> Plan:
         return _from_package(added[name])
     notes = did_you_mean(name, [*presets, *added]) or (f"presets: {', '.join([*presets, *added])}",)
     notes += (f"a plan file ends in one of {' '.join(_SUFFIXES)}",)
+    if path.is_dir():
+        raise PlanError("is a folder, expected a plan file or the name of a preset", where=name, notes=notes[-1:])
     raise PlanError(f"no preset is called {name!r}", notes=notes)
 
 
@@ -131,7 +135,8 @@ def read_text(path: Path) -> str:
     """Return a file's text.
 
     Raises:
-        PlanError: If it does not exist, with the nearest names beside it, cannot be read, or is not UTF-8.
+        PlanError: If it does not exist, with the nearest names beside it, cannot be read, cannot be the name of a file,
+            or is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -140,6 +145,8 @@ def read_text(path: Path) -> str:
         raise PlanError("no such file", where=str(path), notes=did_you_mean(path.name, siblings)) from None
     except UnicodeDecodeError as error:
         raise PlanError(f"not UTF-8 text (byte {error.start})", where=str(path)) from None
+    except ValueError as error:  # a zero in the name
+        raise PlanError(f"no name of a file: {error}", where=printable(str(path))) from None
     except OSError as error:
         raise PlanError(f"cannot be read: {error.strerror}", where=str(path)) from None
 
@@ -256,21 +263,56 @@ def _parse_yaml(text: str, name: str) -> Any:
     except DuplicateKeyError as error:
         raise _duplicate(name, error) from None
     except MarkedYAMLError as error:
-        mark = error.problem_mark
-        line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
-        comparison = re.search(r"\bstage['\"]?\s*:\s*(>=?\s*\d+)", line)
-        notes: tuple[str, ...] = ()
-        if "escape" in str(error.problem):
-            notes = (_ESCAPE_HINT,)
-        elif comparison:
-            notes = stage_notes(comparison.group(1))
-        elif "{" in line:
-            notes = (_QUOTE_HINT,)
-        context = f"{error.context}: " if error.context else ""
-        found = f"{context}{error.problem}".replace("\n", " ")
-        raise PlanError(f"not YAML: {found}", where=_mark(name, error), notes=notes) from None
+        raise _mistake(text.splitlines(), name, error) from None
+    except TypeError:  # ruamel's, of a key that cannot be one
+        raise PlanError("a key is text, found a list or a mapping", where=name) from None
     except (YAMLError, ValueError) as error:  # ruamel raises a bare one for a few broken scalars
         raise PlanError(f"not YAML: {str(error).splitlines()[0]}", where=name) from None
+
+
+def _mistake(lines: Sequence[str], name: str, error: MarkedYAMLError) -> PlanError:
+    """Say what the parser says, at the place where the mistake is and not where the parser noticed it."""
+    place = _without_colon(lines, error)
+    if place is not None:
+        row, column = place
+        found = lines[row][column:].strip()[:60]
+        notes = ("a colon and a space stand behind each key",)
+        return PlanError(
+            f"not YAML: expected key: value, found {found!r}", where=f"{name}:{row + 1}:{column + 1}", notes=notes
+        )
+    context = f"{error.context}: " if error.context else ""
+    said = f"{context}{error.problem}".replace("\n", " ")
+    return PlanError(f"not YAML: {said}", where=_mark(name, error), notes=_yaml_notes(lines, error))
+
+
+def _without_colon(lines: Sequence[str], error: MarkedYAMLError) -> tuple[int, int] | None:
+    """The row and column of a key without a colon, which the parser notices at the next one."""
+    if "simple key" in str(error.context) and error.context_mark:
+        return error.context_mark.line, error.context_mark.column
+    if "mapping values are not allowed" not in str(error.problem):
+        return None
+    above = next((row for row in reversed(range(error.problem_mark.line)) if lines[row].strip()), None)
+    if above is None or re.search(r":(\s|$)", lines[above]):
+        return None
+    return above, len(lines[above]) - len(lines[above].lstrip(" -"))
+
+
+def _yaml_notes(lines: Sequence[str], error: MarkedYAMLError) -> tuple[str, ...]:
+    """What to do about it."""
+    mark, problem = error.problem_mark, str(error.problem)
+    line, column = (lines[mark.line], mark.column) if mark and mark.line < len(lines) else ("", 0)
+    comparison = re.search(r"\bstage['\"]?\s*:\s*(>=?\s*\d+)", line)
+    if "escape" in problem:
+        return (_ESCAPE_HINT,)
+    if comparison:
+        return stage_notes(comparison.group(1))
+    if "'\\t'" in problem:
+        return ("write spaces, not a tab" if line[:column].strip(" \t-") else "indent with spaces, not a tab",)
+    if _IN_A_PATTERN.fullmatch(line[max(column - 1, 0) : column + 1]):
+        return (_QUOTE_HINT,)
+    if problem.startswith("expected ',' or") and error.context_mark:
+        return (f"a comma is missing, or the bracket at line {error.context_mark.line + 1} is not closed",)
+    return ()
 
 
 def _brackets(text: str) -> int:
@@ -280,7 +322,8 @@ def _brackets(text: str) -> int:
 
 
 def _mark(name: str, error: MarkedYAMLError) -> str:
-    mark = error.problem_mark
+    at_the_end = error.context_mark and re.search("end of stream|stream end", str(error.problem))
+    mark = error.context_mark if at_the_end else error.problem_mark  # where it begins is a place in the file
     return f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
 
 

@@ -126,7 +126,7 @@ def read(path: str | Path) -> Delta:
     """
     where = str(path)
     if not Path(path).is_file():
-        raise WeightsError("no such file", where=where, notes=_NOTES)
+        raise WeightsError("is a folder" if Path(path).is_dir() else "no such file", where=where, notes=_NOTES)
     try:
         with safe_open(path, framework="pt") as file:
             header: Mapping[str, str] = file.metadata() or {}

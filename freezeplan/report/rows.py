@@ -125,9 +125,12 @@ def rule_line(use: RuleUse, resolution: Resolution) -> str:
         >>> rule_line(found.uses[1], found)
         'rule 2 (match: .*) matched 62, decided 60; 2 were decided by rule 1, line 8'
     """
-    line = f"rule {use.number} ({use.text}) matched {use.matched}, decided {use.decided}"
+    found, also = f"matched {use.matched}, decided {use.decided}", "and"
+    if use.matched and not use.decided:
+        found, also = f"matches {use.matched} tensors and decides none of them", "but"
+    line = f"rule {use.number} ({use.text}) {found}"
     if use.modules:
-        line += f", and the mode of {use.modules} module{'s' * (use.modules > 1)} without parameters"
+        line += f", {also} the mode of {use.modules} module{'s' * (use.modules > 1)} without parameters"
     source = resolution.plan.source
     taken = [f"{n} were decided by rule {number}{source.line(('rules', number - 1))}" for number, n in use.takers]
     if not use.matched and not use.modules:

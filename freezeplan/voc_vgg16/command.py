@@ -7,7 +7,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +21,7 @@ from freezeplan.errors import FreezePlanError, MissingExtraError
 from freezeplan.model.image_config import image_config
 from freezeplan.model.source import is_function, load_model
 from freezeplan.report import terminal
-from freezeplan.training.checkpoint import FOLDER, open_checkpoints
+from freezeplan.training.checkpoint import FOLDER, check_same_run, open_checkpoints
 from freezeplan.training.optimizers import CONSTANTS
 from freezeplan.training.pixels import MEAN, STD, normalisation
 from freezeplan.training.processes import beside, join
@@ -32,7 +32,7 @@ from freezeplan.voc_vgg16.arms import ARMS, load_arms, run
 from freezeplan.voc_vgg16.download import VOC2012, check_counts, default_folder, lists_of, looks_like
 from freezeplan.voc_vgg16.download import download as fetch
 from freezeplan.voc_vgg16.report import NAME, gallery, read_results, to_html, write_report
-from freezeplan.voc_vgg16.results import FILES, check_free, finished, summarise, write_results
+from freezeplan.voc_vgg16.results import FILES, check_free, finished, ran_with, summarise, write_results
 from freezeplan.voc_vgg16.sample import BATCH_SIZE, EPOCHS, weights_path, write_sample
 from freezeplan.voc_vgg16.screen import Screen, download_bar, print_results, print_settings
 from freezeplan.voc_vgg16.statistics import merge
@@ -181,18 +181,14 @@ def voc_vgg16(
     processes = join(cuda=device == "cuda" or (device == "auto" and torch.cuda.is_available()))
     out = processes.agreed(out or RUNS / time.strftime("voc_vgg16-%Y%m%d-%H%M%S"))
     stdout, stderr = (terminal.stdout(), terminal.stderr()) if processes.first else (Console(quiet=True),) * 2
-    if processes.agreed(resume and finished(out) and (out / NAME).exists() and not (out / FOLDER).exists()):
-        stdout.print(f"{out}: finished already", soft_wrap=True)
-        return out
-    if processes.first:
-        check_free(out, overwrite=overwrite or resume)
+    unfinished = (out / FOLDER).exists()
+    done = processes.agreed(resume and not unfinished and finished(out) and (out / NAME).exists())
+    if processes.first and not done:
+        check_free(out, overwrite=overwrite or (resume and unfinished))
     if url and not download:
         notes = ["freezeplan run voc_vgg16 --download --url URL"]
         raise FreezePlanError("--url is a mirror for --download, which is not given", notes=notes)
-    if download:
-        with download_bar(stderr, VOC2012.name, VOC2012.size) as progress:
-            data = fetch(VOC2012, data or default_folder(), url=url, progress=progress)
-    sample = data is None
+    sample = data is None and not download
     model = model or (SAMPLE_MODEL if sample else MODEL)
     if is_function(model):  # the report is made of results.json, and runs nothing that a file names
         notes = ["freezeplan compare takes a model of your own"]
@@ -231,6 +227,21 @@ def voc_vgg16(
         notes = [f"it is the order of VGG16's pool5; leave it out, or --model {MODEL}"]
         raise FreezePlanError(f"--flatten: {model} flattens nothing", notes=notes)
     stated = fixed(model, weights, settings)
+    facts = {
+        "model": f"{model}; weights: {weights_title(model, weights)}{_digest(weights)}",
+        "arms": ", ".join(plans),
+        "seeds": ", ".join(map(str, seeds)),
+    }
+    if processes.count > 1:
+        facts["processes"] = f"{processes.count}, each with its share of a batch"
+    decisive = {name: value for name, value in asdict(settings).items() if name not in _NOT_DECISIVE}
+    texts = {f"plan of {arm}": loaded.model_dump(mode="json", exclude_defaults=True) for arm, loaded in plans.items()}
+    if download and done:  # the archive is known by its checksum; it is not fetched to be compared
+        data_facts = _data_facts(VOC2012.name, VOC2012.images, VOC2012.classes)
+        return _finished(out, {**data_facts, **facts, **decisive, **texts}, stdout)
+    if download:
+        with download_bar(stderr, VOC2012.name, VOC2012.size) as progress:
+            data = fetch(VOC2012, data or default_folder(), url=url, progress=progress)
     with TemporaryDirectory() as temporary:
         with terminal.waiting("reading lists and annotations", stderr):
             voc = read_voc(write_sample(Path(temporary)), name="embedded sample") if data is None else read_voc(data)
@@ -242,22 +253,13 @@ def voc_vgg16(
                 f"all of VOC 2012 has {VOC2012.images[0]:,} and {VOC2012.images[1]:,}",
                 soft_wrap=True,
             )
-        facts = {
-            "data": f"{voc.name}: {len(voc.train):,} training and {len(voc.val):,} validation images",
-            "classes": f"{len(voc.classes)}: {', '.join(voc.classes)}",
-            "model": f"{model}; weights: {weights_title(model, weights)}{_digest(weights)}",
-            "arms": ", ".join(plans),
-            "seeds": ", ".join(map(str, seeds)),
-        }
-        if processes.count > 1:
-            facts["processes"] = f"{processes.count}, each with its share of a batch"
-        decisive = {name: value for name, value in asdict(settings).items() if name not in _NOT_DECISIVE}
-        texts = {
-            f"plan of {arm}": loaded.model_dump(mode="json", exclude_defaults=True) for arm, loaded in plans.items()
-        }
+        facts = {**_data_facts(voc.name, lists_of(voc), voc.classes), **facts}
+        about = {**facts, **decisive, **texts}
+        if done:
+            return _finished(out, about, stdout)
         with processes.in_turn():
             checkpoints = open_checkpoints(
-                out, {**facts, **decisive, **texts}, resume=resume or not processes.first, overwrite=overwrite,
+                out, about, resume=resume or not processes.first, overwrite=overwrite,
                 warn=lambda text: stderr.print(text, soft_wrap=True),
             )  # fmt: skip
         print_settings(stdout, facts, settings, stated, frozenset(given), sample=sample)
@@ -274,6 +276,7 @@ def voc_vgg16(
             asked={**asked, "processes": processes.count},
         )  # fmt: skip
         results["settings"] |= stated
+        results["facts"] = about
         print_results(stdout, results)
         write_results(out, results)  # first of all: no mistake of the page may cost figures
         with terminal.waiting("drawing the page", stderr):
@@ -304,10 +307,13 @@ def report(folders: Sequence[Path], *, out: Path, data: Path | None = None) -> d
         DataError: If a folder holds no results or damaged ones, two are of different experiments or hold the same arm
             and seed.
         OutputError: If the page cannot be written.
+        FreezePlanError: If there is ``data``, and the runs are of the embedded sample.
     """
     merged = merge([(str(folder), read_results(folder)) for folder in folders])
     with TemporaryDirectory() as temporary:
         if merged["data"]["sample"]:
+            if data is not None:
+                raise FreezePlanError("--data: the runs are of the embedded sample", notes=["leave out --data"])
             data = write_sample(Path(temporary))
         photos = gallery(merged, read_voc(data).files.read) if data is not None else None
     write_report(out, to_html(merged, photos))
@@ -337,6 +343,19 @@ def fixed(model: str, weights: str | None, settings: Settings) -> dict[str, str]
         "normalisation": pixels,
         "order of images": "shuffled by the seed, the same in all arms",
     }
+
+
+def _data_facts(name: str, images: tuple[int, int], classes: Sequence[str]) -> dict[str, str]:
+    return {
+        "data": f"{name}: {images[0]:,} training and {images[1]:,} validation images",
+        "classes": f"{len(classes)}: {', '.join(classes)}",
+    }
+
+
+def _finished(out: Path, about: Mapping[str, Any], stdout: Console) -> Path:
+    check_same_run(out, ran_with(out), about)
+    stdout.print(f"{out}: finished already", soft_wrap=True)
+    return out
 
 
 def _digest(weights: str | None) -> str:

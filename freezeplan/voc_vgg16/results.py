@@ -210,6 +210,20 @@ def finished(out: Path) -> bool:
     return all((out / name).exists() for name in FILES)
 
 
+def ran_with(out: Path) -> dict[str, Any]:
+    """Return all that decided the figures of a finished run, as its ``results.json`` says.
+
+    Raises:
+        OutputError: If the file does not say so: it is damaged, or of an earlier version.
+    """
+    path = out / FILES[0]
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["facts"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        notes = ["--overwrite starts anew, or give another --out"]
+        raise OutputError("does not say what the run was begun with", where=str(path), notes=notes) from None
+
+
 def check_free(out: Path, *, overwrite: bool) -> None:
     """Make sure, before anything is trained, that results can be written to a folder. Changes nothing.
 

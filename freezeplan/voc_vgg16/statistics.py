@@ -267,7 +267,7 @@ def merge(found: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
     for _, results in found:
         published |= results["published"]
     arms = {arm: arm_of(plan, [runs[arm][seed] for seed in sorted(runs[arm])]) for arm, plan in plans.items()}
-    whole = {key: value for key, value in first.items() if key not in ("versions", "asked")}
+    whole = {key: value for key, value in first.items() if key not in ("versions", "asked", "facts")}
     return {**whole, "published": published, "pairs": pairs(arms), "arms": arms, "origins": dict(found)}
 
 

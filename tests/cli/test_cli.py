@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -225,6 +227,72 @@ def test_a_problem_is_not_cut_to_the_width_of_a_terminal(run, monkeypatch):
     assert run("check", "nowhere/a_plan_with_a_long_name.yaml")[2] == (
         "error: nowhere/a_plan_with_a_long_name.yaml: no such file\n"
     )
+
+
+WRITTEN = [
+    pytest.param(["schema"], id="echoed"),
+    pytest.param(["presets"], id="by-rich"),
+    pytest.param(["--version"], id="short"),
+    pytest.param(["cache", "ls", "--json"], id="below-another"),
+    pytest.param(["--help"], id="by-typer"),
+]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", WRITTEN)
+def test_a_full_disk_is_one_sentence(arguments, unbuffered):
+    """Whoever writes, and whether it fails at once or at the end."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "freezeplan", *arguments],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered, "COLUMNS": "80", "NO_COLOR": "1"},
+        )  # fmt: skip
+
+    assert (done.returncode, done.stderr) == (1, "error: the output cannot be written: No space left on device\n")
+
+
+def test_an_error_of_the_system_that_is_not_the_output_s_stays_one(run, monkeypatch):
+    """A mistake of ours is not hidden behind a sentence about a disk."""
+    mistake = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr("freezeplan.cli.plans.load_plan", Mock(side_effect=mistake))
+    with pytest.raises(OSError, match="No space left") as error:
+        run("check", "full")
+
+    assert error.value is mistake
+
+
+STOPPED = [
+    pytest.param(
+        ["compare", "full", "--data", "d", "--model", "m"],
+        "freezeplan.training.compare_command.compare_plans",
+        "stopped; the same command with --resume --out DIR goes on",
+        id="compare",
+    ),
+    pytest.param(
+        ["suggest", "--data", "d", "--model", "m", "--out=r1"],
+        "freezeplan.training.suggest_command.suggest_plan",
+        "stopped; the same command with --resume goes on",
+        id="suggest",
+    ),
+    pytest.param(
+        ["run", "voc_vgg16", "--out", "r1", "--resume"],
+        "freezeplan.voc_vgg16.command.voc_vgg16",
+        "stopped; the same command goes on",
+        id="run",
+    ),
+    pytest.param(["check", "full"], "freezeplan.cli.plans.load_plan", "stopped", id="nothing-to-go-on-with"),
+    pytest.param(["cache", "ls"], "freezeplan.cache.store.entries", "stopped", id="below-another"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "inside", "said"), STOPPED)
+def test_ctrl_c_says_how_to_go_on(run, monkeypatch, arguments, inside, said):
+    """One line on stderr; the exit code is the one that shells know."""
+    monkeypatch.setattr(inside, Mock(side_effect=KeyboardInterrupt))
+
+    assert run(*arguments) == (130, "", f"{said}\n")
 
 
 USAGE = [

@@ -449,6 +449,25 @@ def test_apply_replaces_neither_of_its_files(run, before, probe, place, what):
     assert {name: path.read_bytes() for name, path in files.items()} == held
 
 
+@pytest.mark.parametrize("name", ["whole.pt", "whole.pth.tar", "whole", "whole.bin"])
+def test_apply_writes_no_safetensors_under_another_name(run, before, probe, tmp_path, name):
+    """A reader goes by the suffix, so nothing could read such a file again."""
+    code, out, err = run("delta", "apply", probe, before, tmp_path / name)
+
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: {tmp_path / name}: OUT is written as safetensors, and ends in .safetensors\n  give ")
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("command", [["inspect", "FOLDER"], ["diff", "FOLDER", "FOLDER"]])
+def test_a_folder_is_called_one(run, tmp_path, command):
+    """It is there, so "no such file" would send a reader to look for it."""
+    _, out, err = run("delta", *(tmp_path if word == "FOLDER" else word for word in command))
+
+    assert out == ""
+    assert err == f"error: {tmp_path}: is a folder\n  expected a file that applied.save_delta(path) wrote\n"
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

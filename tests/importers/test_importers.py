@@ -463,6 +463,107 @@ def test_what_a_plan_cannot_say_is_refused(write, read, name, text, message):
     assert str(error.value) == message
 
 
+FILES = {
+    "a plan of freezeplan": {
+        "p.yaml": "version: 1\nrules:\n  - {stage: ..2, frozen: true}\n  - {match: .*, lr_mult: 1}\n",
+        "p.toml": 'version = 1\nlayer_decay = 0.5\n[[rules]]\nmatch = ".*"\nlr_mult = 1\n',
+        "p.json": '{"version": 1, "layer_decay": 0.5, "rules": [{"match": ".*", "lr_mult": 1}]}',
+    },
+    "a schedule of finetuning-scheduler": {
+        "s.yaml": "0: {params: [fc.weight]}\n",
+        "s.json": '{"0": {"params": ["fc"]}}',
+    },
+    "a config of mmengine": {
+        "c.yaml": "model: {backbone: {frozen_stages: 1}}\nlr: 1\nseed: 1\n",
+        "c.json": '{"paramwise_cfg": {"bias_lr_mult": 2}}',
+        "c.py": "optim_wrapper = dict(paramwise_cfg=dict(bias_lr_mult=2))\n",
+    },
+    "the arguments of timm's train.py": {
+        "a.yaml": "lr: 0.1\nopt: sgd\nfreeze: true\n",
+        "a.json": '{"layer_decay": 0.5, "lr": 1}',
+    },
+}
+"""What a file looks like -> such files."""
+COMMANDS = {
+    "a plan of freezeplan": "there is nothing to import: freezeplan show {} MODEL reads it as it is",
+    "a schedule of finetuning-scheduler": "freezeplan import finetuning-scheduler {}",
+    "a config of mmengine": "freezeplan import mmengine {}",
+    "the arguments of timm's train.py": "freezeplan import timm {}",
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_of_another_tool_is_refused_by_what_it_looks_like(write, kind):
+    """By each importer but its own, which reads it."""
+    readers = {
+        "a schedule of finetuning-scheduler": finetuning_scheduler.read,
+        "a config of mmengine": mmengine.read,
+        "the arguments of timm's train.py": timm_args.read,
+    }
+    for name, text in FILES[kind].items():
+        write(name, text)
+        for own, read in readers.items():
+            if own == kind:
+                assert read(Path(name)).plan.rules
+                continue
+            with pytest.raises(PlanError) as error:
+                read(Path(name))
+            assert (
+                str(error.value) == f"{name}: expected {own}; this looks like {kind}\n  {COMMANDS[kind].format(name)}"
+            )
+
+
+NOTHING_OF_TIMM = [
+    pytest.param("a.txt", "", "it holds no options", id="empty"),
+    pytest.param("a.json", "{}", "it holds no options", id="empty-json"),
+    pytest.param("a.sh", "pip install timm -U # --lr 0.1", "it holds no options", id="another-script"),
+    pytest.param("a.yaml", "max_steps: 3\nfp16: true", "of its 2 options train.py knows none", id="unknown"),
+    pytest.param(
+        "a.sh",
+        "run.py --lr 1 --seed 2 --fp16 --learning_rate 1 --num_train_epochs 1",
+        "of its 5 options train.py knows lr, seed",
+        id="mostly-unknown",
+    ),
+    pytest.param(
+        "a.yaml",
+        "layer_decay: 0.5\nlearning_rate: 1\nmax_steps: 1\n",
+        "of its 3 options train.py knows layer_decay",
+        id="layer-decay-of-another",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "found"), NOTHING_OF_TIMM)
+def test_a_file_without_timms_arguments_is_refused(write, name, text, found):
+    """It would become a plan that trains everything."""
+    with pytest.raises(PlanError) as error:
+        timm_args.read(write(name, text))
+
+    assert str(error.value) == (
+        f"{name}: expected the arguments of timm's train.py; {found}\n"
+        "  expected args.yaml as train.py saves it, or a text file with its command line"
+    )
+
+
+def test_options_of_a_launcher_do_not_count(write):
+    """They stand ahead of the script."""
+    text = (
+        "#!/bin/sh\nsrun --gres=gpu:4 --ntasks 4 --mem 8G --time 1 sh/distributed_train.sh 4 --layer-decay=.7 -b 64\n"
+    )
+    plan = timm_args.read(write("run.sh", text)).plan
+
+    assert plan.layer_decay == 0.7
+
+
+@pytest.mark.parametrize("text", ["layer_decay: null\nlr: 1\n", "opt: sgd\nlayer_decay_min_scale: 0.1\n"])
+def test_arguments_without_layer_decay_say_so(write, text):
+    """The plan trains everything at one rate, which nobody would import a file for."""
+    imported = timm_args.read(write("args.yaml", text))
+
+    assert imported.notes == ("args.yaml sets no layer_decay, so everything is trained at one rate",)
+    assert imported.plan.layer_decay is None
+
+
 OPTIONS = [
     pytest.param({"lr": -1}, "lr is a number above 0, found -1", id="negative"),
     pytest.param({"lr": 0}, "lr is a number above 0, found 0", id="nothing"),
@@ -512,6 +613,56 @@ def test_the_command_writes_a_plan(write):
     assert (to_file.exit_code, to_file.output) == (0, "")
     assert load_plan("plan.yaml") == finetuning_scheduler.read(Path("schedule.yaml"), lr=1e-3).plan
     assert sorted(path.name for path in Path().iterdir()) == ["args.yaml", "c.json", "plan.yaml", "schedule.yaml"]
+
+
+@pytest.mark.parametrize(("name", "is_json"), [("p.yaml", False), ("p.YML", False), ("p.json", True)])
+def test_what_is_written_can_be_read(write, name, is_json):
+    """The suffix decides on the format; notes that JSON cannot hold are printed."""
+    write("args.yaml", "lr: 1\n")
+    done = CliRunner().invoke(cli.app, ["import", "timm", "args.yaml", "--out", name])
+
+    text = Path(name).read_text(encoding="utf-8")
+    assert (done.exit_code, text.startswith("{"), text.startswith("# args.yaml sets no")) == (0, is_json, not is_json)
+    assert "args.yaml sets no layer_decay" in done.stderr
+    assert load_plan(name) == timm_args.read(Path("args.yaml")).plan
+
+
+@pytest.mark.parametrize("name", ["p.toml", "p.txt", "p", "sub/p.py"])
+def test_a_plan_goes_to_no_file_that_cannot_be_read(write, name):
+    """Refused before the other file is read."""
+    write("args.yaml", "lr: 1\n")
+    done = CliRunner().invoke(cli.app, ["import", "timm", "args.yaml", "--out", name])
+
+    assert str(done.exception) == (
+        f"{name}: a plan is written to a file that ends in .yaml, .yml or .json\n  --out p.yaml"
+    )
+    assert [path.name for path in Path().iterdir()] == ["args.yaml"]
+
+
+def test_no_file_is_replaced_unasked(write):
+    """The file that is read never, by whatever path; another one with --overwrite alone."""
+    file = write("c.json", '{"bias_lr_mult": 2}')
+    Path("link.json").symlink_to(file)
+    write("mine.yaml", "mine")
+    command = ["import", "mmengine", "c.json", "--out"]
+    same = [
+        CliRunner().invoke(cli.app, [*command, out, *more])
+        for out in ("c.json", str(file.resolve()), "link.json")
+        for more in ([], ["--overwrite"])
+    ]
+    there = CliRunner().invoke(cli.app, [*command, "mine.yaml"])
+    usage = CliRunner().invoke(cli.app, [*command[:-1], "--overwrite"])
+
+    assert {str(done.exception).partition(": ")[2] for done in same} == {
+        "OUT is FILE itself, which stays as it is\n  give the plan a file of its own"
+    }
+    assert str(there.exception) == (
+        "mine.yaml: is there already\n  --overwrite replaces it, or give another file with --out"
+    )
+    assert (file.read_text(), Path("mine.yaml").read_text()) == ('{"bias_lr_mult": 2}', "mine")
+    assert (usage.exit_code, "only with --out" in usage.output) == (2, True)
+    assert CliRunner().invoke(cli.app, [*command, "mine.yaml", "--overwrite"]).exit_code == 0
+    assert load_plan("mine.yaml") == mmengine.read(file).plan
 
 
 def test_tied_and_plain_modules_are_read_too(write):

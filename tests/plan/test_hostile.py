@@ -33,6 +33,7 @@ HOSTILE = {
         "the tag 'tag:yaml.org,2002:python/object/apply:os.system'; a plan has plain values only",
     ),
     "key.yaml": ("version: 1\nrules:\n  - {{match: a}: frozen}\n", "a key is text, found a CommentedKeyMap"),
+    "deep-key.yaml": ("? {a: {b: 1}}\n: 2\n", "a key is text, found a list or a mapping"),
     "large.yaml": ("name: " + "x" * 300_000, "300,006 characters; a plan has at most 262,144"),
     "name.yaml": (
         'version: 1\nname: "x\\e[2Jy"\nrules:\n  - {match: .*, lr_mult: 1}\n',

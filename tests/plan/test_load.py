@@ -29,6 +29,58 @@ def test_a_bad_file_is_refused_with_every_mistake_in_its_place(name, monkeypatch
     golden(BAD / f"{name}.txt", f"{error.value}\n")
 
 
+COLON = "\n  a colon and a space stand behind each key"
+COMMA = "\n  a comma is missing, or the bracket at line 3 is not closed"
+AT_A_TAB = "not YAML: while scanning for the next token: found character '\\t' that cannot start any token\n  "
+MAPPING = "not YAML: while parsing a flow mapping: expected ',' or '}', but got "
+PLACES = [
+    pytest.param("  - match: a\n    frozen true\n", "4:5: not YAML: expected key: value, found 'frozen true'" + COLON),
+    pytest.param(
+        "  - match: a\n    frozen true\n  - match: b\n    lr_mult: 1\n",
+        "4:5: not YAML: expected key: value, found 'frozen true'" + COLON,
+    ),
+    pytest.param("  - {match: a}\nname x\n", "4:1: not YAML: expected key: value, found 'name x'" + COLON),
+    pytest.param("  - match a\n\n    frozen: true\n", "3:5: not YAML: expected key: value, found 'match a'" + COLON),
+    pytest.param("  - match: a\n     frozen: true\n", "4:12: not YAML: mapping values are not allowed here"),
+    pytest.param("  - match: a: b\n", "3:13: not YAML: mapping values are not allowed here"),
+    pytest.param("\t- {match: a, frozen: true}\n", f"3:1: {AT_A_TAB}indent with spaces, not a tab"),
+    pytest.param("  - match: a\n\tfrozen: true\n", f"4:1: {AT_A_TAB}indent with spaces, not a tab"),
+    pytest.param("  - match:\ta\n", f"3:11: {AT_A_TAB}write spaces, not a tab"),
+    pytest.param("  - {match: a frozen: true}\n", f"3:21: {MAPPING}':'{COMMA}"),
+    pytest.param("  - {match: 'a' frozen: true}\n", f"3:17: {MAPPING}'<scalar>'{COMMA}"),
+    pytest.param("  - {match: a, frozen: true\n  - {match: b}\n", f"4:5: {MAPPING}'{{'{COMMA}"),
+    pytest.param("  - {match: a, frozen: true\n", f"3:5: {MAPPING}'<stream end>'{COMMA}"),
+    pytest.param(
+        "  - {match: 'a, frozen: true}\n",
+        "3:13: not YAML: while scanning a quoted scalar: found unexpected end of stream",
+    ),
+]
+
+
+@pytest.mark.parametrize(("rules", "message"), PLACES)
+def test_a_mistake_of_yaml_is_named_where_it_is(rules, message, tmp_path, monkeypatch):
+    """Not where the parser notices it, which may be behind the end of the file; with a hint that can be the reason."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text(f"version: 1\nrules:\n{rules}", encoding="utf-8")
+    with pytest.raises(PlanError) as error:
+        load_plan("a.yaml")
+
+    assert str(error.value) == f"a.yaml:{message}"
+
+
+@pytest.mark.parametrize(
+    ("text", "place"), [("version 1\nrules: [{match: a}]\n", "1:1"), ("version: 1\nrules\n  - {match: a}\n", "2:1")]
+)
+def test_a_key_at_the_top_without_a_colon_is_named(text, place, tmp_path):
+    """The first one, or the one above the rules."""
+    file = tmp_path / "a.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(PlanError) as error:
+        load_plan(file)
+
+    assert str(error.value).startswith(f"{file}:{place}: not YAML: expected key: value, found '")
+
+
 def test_an_error_can_be_sent_to_another_process():
     """An error keeps its problems, one for each mistake, through a pickle."""
     with pytest.raises(PlanError) as error:
@@ -57,6 +109,13 @@ MISSING = [
     ),
     pytest.param("nowhere/plan.yaml", "nowhere/plan.yaml: no such file", id="no-such-folder"),
     pytest.param("folder.yaml", "folder.yaml: cannot be read: Is a directory", id="folder"),
+    pytest.param(
+        "below",
+        "below: is a folder, expected a plan file or the name of a preset\n"
+        "  a plan file ends in one of .yaml .yml .toml .json",
+        id="folder-without-suffix",
+    ),
+    pytest.param("a\0.yaml", "a\\x00.yaml: no name of a file: embedded null byte", id="zero-in-the-name"),
     pytest.param(
         "linear_prob",
         "no preset is called 'linear_prob'\n  did you mean 'linear_probe'?\n"

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from freezeplan import FreezePlanError, apply_plan
+from freezeplan import FreezePlanError, apply_plan, resolve_plan
 from freezeplan.cli import app
-from freezeplan.errors import ModelError
+from freezeplan.errors import ModelError, PlanError
 from freezeplan.model.describer import create_model
 from freezeplan.report.forecast import OPTIMIZERS, forecast, measure
 
@@ -160,3 +160,35 @@ def test_what_cannot_be_run_is_said():
         "cannot run the model on images of 8 pixels without numbers: aten._local_scalar_dense.default\n"
         "  --image-size, or a model whose code does not read values"
     )
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "image_size"), [(10**13, 224), (10**18, 224), (10**30, 224), (2, 10**11), (2, 10**30)]
+)
+def test_more_than_torch_can_count_is_said(batch_size, image_size):
+    """Whether the images themselves overflow or what the model makes of them."""
+    with pytest.raises(ModelError) as error:
+        forecast(
+            lambda: create_model("test_resnet", meta=True),
+            "linear_probe", image_size=image_size, batch_size=batch_size,
+        )  # fmt: skip
+
+    assert str(error.value) == (
+        f"{batch_size:,} images of {image_size:,} pixels have more numbers than torch can count\n"
+        "  give a smaller --batch-size or --image-size"
+    )
+
+
+@pytest.mark.parametrize(
+    "rules", [[{"role": "head", "lr_mult": 1}, {"match": ".*", "frozen": True}], [{"match": "nowhere", "lr_mult": 1}]]
+)
+def test_a_plan_that_does_not_fit_says_so_itself(rules):
+    """As every other command says it, and not as a model that cannot be run."""
+    model = create_model("test_resnet", num_classes=0, meta=True)
+    plan = {"version": 1, "rules": rules}
+    with pytest.raises(PlanError) as expected:
+        resolve_plan(plan, model)
+    with pytest.raises(PlanError) as error:
+        forecast(lambda: model, plan, image_size=64, batch_size=2)
+
+    assert str(error.value) == str(expected.value)

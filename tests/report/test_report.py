@@ -184,6 +184,20 @@ def test_every_leaf_of_the_tree_together_is_the_model():
     assert {leaf.frozen for leaf in leaves(top)} == {True, False}
 
 
+def test_a_rule_that_decides_modules_alone_says_so():
+    """It matches tensors too, all of which a rule above decides."""
+    above = {"role": "norm", "mode": "eval"}
+    plan = {"version": 1, "rules": [above, {"match": "norm.*", "mode": "train"}, {"match": ".*", "lr_mult": 1}]}
+    model = nn.Sequential()
+    model.norm = nn.Sequential(nn.BatchNorm2d(2), nn.Dropout())
+    resolution = resolve_plan(plan, model)
+
+    assert rule_line(resolution.uses[1], resolution) == (
+        "rule 2 (match: norm.*) matches 2 tensors and decides none of them, but the mode of 2 modules without "
+        "parameters; 2 were decided by rule 1"
+    )
+
+
 def test_one_module_is_no_plural():
     """A rule with mode alone, on the one dropout behind the pooling."""
     plan = {"version": 1, "rules": [{"match": "head_drop", "mode": "eval"}, {"match": ".*", "lr_mult": 1}]}

@@ -14,7 +14,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -406,6 +406,12 @@ def test_a_run_downloads_and_trains(
     assert (found["data"]["name"], found["data"]["sample"]) == ("voc.tar", False)
     assert names(tmp_path / "data") == ["voc.tar"]
     assert capsys.readouterr().err.splitlines()[0] == f"downloading voc.tar, {len(server.content):,} bytes ..."
+
+    (tmp_path / "data" / "voc.tar").unlink()
+    monkeypatch.setattr(command, "VOC2012", replace(command.VOC2012, classes=tuple(found["data"]["classes"])))
+    voc_vgg16(download=True, data=tmp_path / "data", out=tmp_path / "out", resume=True, **quick, **more)
+    assert capsys.readouterr().out.replace("\n", "") == f"{out}: finished already"
+    assert names(tmp_path / "data") == []  # a finished run is known without its archive
 
 
 def test_another_number_of_images_than_the_official(tmp_path: Path) -> None:

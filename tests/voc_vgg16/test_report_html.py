@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from freezeplan.errors import DataError, OutputError
+from freezeplan.errors import DataError, FreezePlanError, OutputError
 from freezeplan.training.archive import open_files
 from freezeplan.training.measures import Measured
 from freezeplan.training.settings import Settings
@@ -443,6 +443,19 @@ def test_runs_of_the_sample_are_merged_with_a_gallery(sample: Path) -> None:
     assert (
         merged["arms"]["frozen_convs"] == json.loads((sample / "zero/results.json").read_text())["arms"]["frozen_convs"]
     )
+
+
+def test_data_beside_runs_of_the_sample_are_refused(tmp_path: Path) -> None:
+    """They would be passed by in silence, also a folder that is not there."""
+    found = results({"same_lr": (run(0, (0, 0, 1, 1, 2, 2)),)})
+    found["data"]["sample"] = True
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text(json.dumps(found), encoding="utf-8")
+    with pytest.raises(FreezePlanError) as error:
+        report([tmp_path / "run"], out=tmp_path / "page.html", data=tmp_path / "nosuch")
+
+    assert str(error.value) == "--data: the runs are of the embedded sample\n  leave out --data"
+    assert not (tmp_path / "page.html").exists()
 
 
 @pytest.mark.slow
