@@ -98,9 +98,10 @@ class Features(Dataset[Any]):
         return self._item(row, self._features(row).clone())
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
-        """Return several items, as a loader asks for them; it copies them into a batch."""
+        """Return several items, as a loader asks for them; a collate function may write into them."""
         rows = [self._row(index) for index in indices]
-        return [self._item(row, self._features(row)) for row in rows]
+        copied = torch.stack([self._features(row) for row in rows]) if rows else ()
+        return [self._item(row, features) for row, features in zip(rows, copied, strict=True)]
 
     def batch(self, indices: Sequence[int] | Tensor, view: int = 0) -> Tensor:
         """Return the features of some images.

@@ -235,7 +235,7 @@ def check(delta: Delta, base: Mapping[str, Tensor], *, where: str, model: str) -
         elif name not in delta.held:
             reason = "the delta does not know it"
         elif digest([base[name]]) != delta.held[name]:
-            reason = "its values are others than those that the delta was made on"
+            reason = f"its values are others than those that the delta was made on (here {_kind(base[name])})"
         if reason:
             made = f"it was made on {delta.model}" + (f" of timm {delta.timm}" if delta.timm else "")
             raise WeightsError(

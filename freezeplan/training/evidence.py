@@ -58,6 +58,8 @@ class Budget:
         left = self.left
         if needed <= left:
             return ""
+        if left < 1:
+            return "skipped, as the budget is used up"
         return f"skipped, about {needed:.0f} s needed and {max(0.0, left):.0f} s of the budget left"
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from freezeplan import AppliedPlan, apply_plan
 from freezeplan.errors import ApplyError
@@ -139,3 +140,18 @@ def test_rows_that_a_loader_asks_for(tmp_path: Path, live: AppliedPlan, indices:
     else:
         with pytest.raises(IndexError, match=f"image {indices[0]} of 6"):
             features.__getitems__(indices)
+
+
+@pytest.mark.parametrize("keep", ["host", "disk"])
+def test_what_a_collate_function_writes_is_not_kept(
+    tmp_path: Path, live: AppliedPlan, keep: Literal["host", "disk"]
+) -> None:
+    """A loader gets copies, as of one item."""
+    features, _ = live.cached(data(), tmp_path, keep=keep)
+    before = features.batch(range(6)).clone()
+
+    def zeroed(items: list[tuple[Tensor, int]]) -> Tensor:
+        return torch.stack([one.zero_() for one, _ in items])
+
+    assert not any(batch.any() for batch in DataLoader(features, batch_size=4, collate_fn=zeroed))
+    assert torch.equal(features.batch(range(6)), before)

@@ -491,7 +491,7 @@ def test_a_budget_that_is_used_up_skips_every_rung_and_says_so(tmp_path, photos,
 
     out = capsys.readouterr().out
     assert found["depths"] == found["gradients"] == found["trials"] == []
-    assert found["skipped"][0].startswith("depth profile and gradients: skipped, about ")
+    assert found["skipped"][0] == "depth profile and gradients: skipped, as the budget is used up"
     assert "no plan was tried: linear_probe is named because it is the cheapest, without evidence" in out
     assert (found["plan"], found["lr"]) == ("linear_probe", None)
     assert "--lr" not in out
