@@ -58,15 +58,15 @@ def print_table(
     """
     widths = [max(cell_len(str(cell)) for cell in (title, *cells)) for title, *cells in zip(titles, *rows, strict=True)]
     gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= console.width else 1
-    numbers = sum(widths[1:]) + gap * (len(widths) - 1)
-    widths[0] = min(widths[0], max(_NAME, console.width - numbers))
+    first = max(_NAME, console.width - sum(widths[1:]) - gap * (len(widths) - 1))
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="dim")
-    table.add_column(titles[0], overflow="fold", width=widths[0])
-    for title, width in zip(titles[1:], widths[1:], strict=True):
-        table.add_column(title, justify="left" if title in left else "right", no_wrap=True, width=width)
-    for row in rows:
-        table.add_row(*row)
-    for line in console.render_lines(table, console.options.update(width=widths[0] + numbers), pad=False):
+    for title in titles:
+        table.add_column(title, justify="left" if title in (titles[0], *left) else "right", no_wrap=True)
+    for name, *numbers in rows:
+        text = name if isinstance(name, Text) else Text(name)
+        table.add_row(Text("\n").join(text.divide(range(first, len(text), first))), *numbers)
+    everything = console.options.update(width=sum(widths) + 2 * len(widths))
+    for line in console.render_lines(table, everything, pad=False):
         console.print(Segments([*line, Segment.line()]), soft_wrap=True, end="")
 
 
