@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
 
 from freezeplan.errors import ModelError
 from freezeplan.model import names
@@ -144,11 +143,11 @@ def describe(found: nn.Module | names.Live, *, asked: Collection[str] | None = N
         roles={role: frozenset(find[role]()) for role in ROLES if role in asked and (head or role != "head")},
         unknown=_unknown(live, parts, head),
         stages=found_stages,
-        exponents=dict.fromkeys(outside if parts and depth else (), 0) | dict(_exponents(parts, bool(outside))),
+        exponents=dict.fromkeys(outside if parts and depth else (), 0) | _exponents(parts, bool(outside)),
         unplaced=tuple(filter(frozenset().union(*(placed.unplaced for placed in parts)).__contains__, ordered)),
         no_decay=frozenset(_no_decay(tensors, listed)),
         beside_head=frozenset().union(*(placed.present("beside_head") for placed in parts)) - head,
-        buffers=dict(_owners(live)),
+        buffers=_owners(live),
         parts=tuple(placed.described for placed in parts),
         unread=unread,
     )
@@ -185,8 +184,9 @@ def _stages(parts: Iterable[_Placed]) -> Iterator[tuple[str, int]]:
                 yield name, stage
 
 
-def _exponents(parts: Iterable[_Placed], outside: bool) -> Iterator[tuple[str, int]]:
+def _exponents(parts: Iterable[_Placed], outside: bool) -> dict[str, int]:
     """The layers behind each tensor; what is outside stands where the classifier does, or behind it if there is one."""
+    found: dict[str, int] = {}
     for placed in parts:
         facts = placed.facts
         if facts is None or not facts.layers:
@@ -194,8 +194,11 @@ def _exponents(parts: Iterable[_Placed], outside: bool) -> Iterator[tuple[str, i
         last = max(facts.layers.values())
         if outside:
             last = last + 1 if placed.present("head") else max(last, facts.classifier_layer)
-        for name, there in placed.tensors.items():
-            yield name, last - (facts.classifier_layer if there is None else facts.layers[there])
+        found |= {
+            name: last - (facts.classifier_layer if there is None else facts.layers[there])
+            for name, there in placed.tensors.items()
+        }
+    return found
 
 
 def _positions(parts: Iterable[_Placed]) -> Iterator[str]:
@@ -255,11 +258,11 @@ def _unknown(live: names.Live, parts: Collection[_Placed], head: Collection[str]
 def _shape(name: str, parameters: list[nn.Parameter]) -> tuple[int, ...]:
     """The shape of one parameter; of a parametrized one, that of its largest part."""
     whole = parameters[0] if len(parameters) == 1 else max(parameters, key=lambda parameter: parameter.numel())
-    if isinstance(whole, UninitializedParameter):
-        raise ModelError(
-            f"{name!r} has no shape yet, as its module is lazy", notes=["run the model on one batch before the plan"]
-        )
-    return tuple(whole.shape)
+    try:
+        return tuple(whole.shape)
+    except RuntimeError:  # of a lazy module
+        notes = ["run the model on one batch before the plan"]
+        raise ModelError(f"{name!r} has no shape yet, as its module is lazy", notes=notes) from None
 
 
 def _modules(inner: Mapping[str, nn.Module]) -> Iterator[Module]:
@@ -271,14 +274,13 @@ def _modules(inner: Mapping[str, nn.Module]) -> Iterator[Module]:
         yield Module(name, _types(cls), aliases.get(name, ()), random, "attention_bias_cache" in module.__dict__)
 
 
-def _owners(live: names.Live) -> Iterator[tuple[str, str]]:
+def _owners(live: names.Live) -> dict[str, str]:
     """The persistent buffers, each with the described module that it belongs to."""
-    inner = live.inner
-    for name in live.buffers:
-        module = name.rpartition(".")[0]
-        while module not in inner:
-            module = module.rpartition(".")[0]
-        yield name, module
+    found = {name: name.rpartition(".")[0] for name in live.buffers}
+    for name, module in found.items():
+        while module not in live.inner:
+            module = found[name] = module.rpartition(".")[0]
+    return found
 
 
 def _first_names(named: Collection[tuple[str, object]]) -> tuple[dict[int, str], dict[str, tuple[str, ...]]]:

@@ -26,6 +26,7 @@ _WRAPPER_CLASSES = frozenset(
 )
 """Wrappers that call what they wrap ``module``, a name that models use too."""
 _SPECIAL = _WRAPPERS | {"parametrizations"}
+_ENDS = tuple(_SPECIAL)
 _SUSPECT = re.compile(rf"(?:^|\.)(?:{'|'.join(sorted(_SPECIAL))})(?:\.|$)")
 
 
@@ -161,7 +162,7 @@ def survey(model: nn.Module) -> Live:
     """
     model = unwrap(model)
     walked = walk(model)
-    special = [name for name, _ in walked if name.rpartition(".")[2] in _SPECIAL]
+    special = [name for name, _ in walked if name.endswith(_ENDS) and name.rpartition(".")[2] in _SPECIAL]
     own = called_module(walked) if special else frozenset()
     parameters, buffers = _held(walked)
     if own.issuperset(special):
