@@ -136,9 +136,9 @@ def cached(
                 features.difference = key.check_stored(features, fresh, plain)
                 features.repeat_difference = cuts.repeat_difference
                 features.layout, features.cut = layout, cuts.kept[0]
-                cuts.rest.watch(weights.Weights(model, cuts.kept[0].part, found[0].weights))
         finally:
             model.to(home)
             if prepare is not None:
                 prepare.to(home)
+    cuts.rest.watch(weights.Weights(model, cuts.kept[0].part, found[0].weights))  # where nothing is written any more
     return features, cuts.rest, known

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from freezeplan import AppliedPlan, apply_plan
+from freezeplan.cache import weights
 from freezeplan.errors import ApplyError
 from freezeplan.model.describer import create_model
 
@@ -67,6 +68,16 @@ def test_features_of_other_values_are_refused(
     first, rest = live.cached(data(), tmp_path)
     assert torch.equal(first.batch(range(6)), given)
     assert torch.equal(rest.eval()(given), expected)
+
+
+def test_to_use_features_reads_no_frozen_value(
+    live: AppliedPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What caching itself wrote (convolutions lie channels-last for a while) does not count."""
+    features, rest = live.cached(data(), tmp_path)
+    monkeypatch.setattr(weights, "digest_of", lambda *_: pytest.fail("the frozen values were read"))
+
+    rest(features.batch(range(6)))
 
 
 def test_copies_watch_their_own_values(live: AppliedPlan, tmp_path: Path) -> None:
