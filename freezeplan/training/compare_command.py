@@ -35,7 +35,7 @@ from freezeplan.training.settings import Amp, Settings
 from freezeplan.training.train import Epoch
 from freezeplan.training.trials import Comparison, Job, one_by_one
 from freezeplan.training.voc import VocData
-from freezeplan.training.weights import blank, check_start, default_image_size, weights_title
+from freezeplan.training.weights import blank, build, check_size, default_image_size, weights_title
 
 TRIALS = "trials"
 """The folder below ``--out`` that keeps each trial."""
@@ -132,7 +132,8 @@ def compare_plans(
         "held-out images": f"seed {seeds[0]}"
     }
     about, texts = out / TRIALS / "comparison.json", _check_same(out / TRIALS / "comparison.json", same, fitting)
-    check_start(model, classes=len(found.classes), image_size=chosen.image_size, weights=weights)
+    size = chosen.image_size
+    check_size(build(model, classes=len(found.classes), image_size=size, weights=weights, seed=seeds[0]), model, size)
     with Screen(stderr, len(jobs), epochs) as screen:
         photos = decode_photos(
             found, chosen, seed=seeds[0], transform=eval_transform(model, chosen.image_size), progress=screen.decoded

@@ -33,7 +33,7 @@ from freezeplan.training.suggest import suggest
 from freezeplan.training.suggest_report import FILES, print_evidence, print_trials, write
 from freezeplan.training.trials import Comparison
 from freezeplan.training.voc import Photo, VocData
-from freezeplan.training.weights import blank, build, check_start, default_image_size, weights_title
+from freezeplan.training.weights import blank, build, check_size, default_image_size, weights_title
 
 REQUEST = "request.json"
 """What was asked for, below ``--out``: trials are taken again only for the same."""
@@ -104,10 +104,9 @@ def suggest_plan(
         "image_size": settings.image_size, "epochs": epochs, "batch_size": batch_size, "seed": seed, "parts": PARTS,
     }  # fmt: skip
     _check_free(out, resume, request)
-    check_start(model, classes=len(found.classes), image_size=settings.image_size, weights=weights)
-    start = build(
-        model, classes=len(found.classes), image_size=settings.image_size, weights=weights, seed=seed
-    ).to(torch.device(settings.device))  # fmt: skip
+    start = build(model, classes=len(found.classes), image_size=settings.image_size, weights=weights, seed=seed)
+    check_size(start, model, settings.image_size)
+    start.to(torch.device(settings.device))
     comparison = Comparison({}, settings, model, weights, len(found.classes))
     threads_before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,35 +141,43 @@ def build(
     return model
 
 
-def check_start(name: str, *, classes: int, image_size: int, weights: str | Path | None) -> None:
-    """Refuse a model, a size or weights that no training can start from, before images are decoded.
+def check_size(model: nn.Module, name: str, image_size: int) -> None:
+    """Refuse a size of images that a model does not take. No value is computed, and the model is left as it was.
+
+    Of what cannot be run without numbers at its own size either nothing is said.
 
     Args:
-        name: As ``build`` takes it, and so are the others.
-        classes: Number of classes.
+        model: What ``build`` returned.
+        name: As ``build`` took it; a function's model was tried there.
         image_size: Side of the square images in pixels.
-        weights: A file, ``random`` or None.
 
     Raises:
-        ModelError: As ``build`` does, and where the model does not take images of this size.
-        WeightsError: As ``build`` does.
+        ModelError: With what the model says, and its own size.
 
     Examples:
-        >>> check_start("test_vit", classes=3, image_size=33, weights="random")
+        >>> check_size(build("test_vit", classes=3, image_size=33, weights="random", seed=0), "test_vit", 33)
         Traceback (most recent call last):
         ...
         freezeplan.errors.ModelError: test_vit cannot take images of 33 x 33 pixels: Input height (33) should be \
 divisible by patch size (16).
           it was made for 160
     """
-    model = build(name, classes=classes, image_size=image_size, weights=weights, seed=0).to("meta").eval()
-    native = _native_size(model)
-    if is_function(name) or not (message := _refused(model, image_size)) or _refused(model, native):
-        return  # what cannot be run without numbers at its own size either says nothing
+    if is_function(name):
+        return
+    native, shapes = _native_size(model), _without_values(model)
+    if not (message := _refused(shapes, image_size)) or _refused(shapes, native):
+        return
     raise ModelError(
         f"{name} cannot take images of {image_size} x {image_size} pixels: {message}",
         notes=[f"it was made for {native}"],
     )
+
+
+def _without_values(model: nn.Module) -> nn.Module:
+    """A copy of a model on the meta device, in eval."""
+    copied: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    copied |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    return copy.deepcopy(model, copied).eval()
 
 
 def _refused(model: nn.Module, image_size: int) -> str:

@@ -16,7 +16,7 @@ from freezeplan.report.terminal import print_table
 from freezeplan.training.compare_report import COLUMNS
 from freezeplan.training.ranking import Place, verdict
 from freezeplan.training.suggest import decide
-from freezeplan.training.weights import check_start
+from freezeplan.training.weights import build, check_size
 
 MODEL = "test_resnet"
 
@@ -163,4 +163,4 @@ def test_no_number_is_cut(capsys: pytest.CaptureFixture[str], width: int, name: 
 
 def test_a_model_that_needs_numbers_is_not_refused() -> None:
     """Only what a model says of this size, and not of its own, is a reason."""
-    check_start(MODEL, classes=2, image_size=33, weights="random")
+    check_size(build(MODEL, classes=2, image_size=33, weights="random", seed=0), MODEL, 33)
