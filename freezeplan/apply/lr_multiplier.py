@@ -15,7 +15,7 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from freezeplan.apply.wrapped import group_of, held_by, is_hooked
+from freezeplan.apply.wrapped import group_of, has_groups, held_by, is_hooked
 from freezeplan.errors import ApplyError
 
 OWN_RATE = "{} chooses its own rate, as its groups have no lr: the plan's multipliers cannot act"
@@ -139,7 +139,7 @@ class Multiplier:
             if self._scaled:
                 self._end_failed(wrapper.f_back)  # an earlier step may have run in a frame at the same address
         factors = self._factors[id(optimizer)]
-        if [id(group) for group, _ in factors] != [id(group) for group in optimizer.param_groups]:
+        if not has_groups(optimizer, [group for group, _ in factors]):
             factors = self._factors[id(optimizer)] = self._group_rates(optimizer)  # its groups were edited
         done = [id(group) for _, group, _ in self._scaled]
         for group, factor in factors:
@@ -159,14 +159,14 @@ class Multiplier:
     def _group_rates(self, optimizer: Any) -> Factors:
         """Each group's multiplier; 1 where an optimizer that it holds steps the parameters in a group of its own."""
         inner = group_of(held_by(optimizer))
-        factors = [
-            (group, 1.0 if any(inner.get(id(p), group) is not group for p in group["params"]) else rate)
-            for group in optimizer.param_groups
-            for rate in (group_rate(group, self._rates),)
-        ]
-        for group, factor in factors:
-            if factor != 1.0 and group.get("lr") is None:
+        factors: Factors = []
+        for group in optimizer.param_groups:
+            rate = group_rate(group, self._rates)
+            if any(inner.get(id(p), group) is not group for p in group["params"]):
+                rate = 1.0
+            if rate != 1.0 and group.get("lr") is None:
                 raise ApplyError(OWN_RATE.format(type(optimizer).__name__), notes=[GIVE_RATE])
+            factors.append((group, rate))
         return factors
 
 

@@ -6,7 +6,7 @@ moves the parameters as an attribute.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -57,3 +57,16 @@ def _attributes(optimizer: Any) -> Iterator[Any]:
 def group_of(optimizers: Iterable[Any]) -> dict[int, dict[str, Any]]:
     """Return ``id`` of each parameter that some optimizers hold -> its group in the last of them."""
     return {id(p): group for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
+def has_groups(optimizer: Any, groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether an optimizer's groups are these very ones, in this order.
+
+    Examples:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([{"params": [torch.zeros(1)]}, {"params": [torch.ones(1)]}])
+        >>> before = [*optimizer.param_groups]
+        >>> has_groups(optimizer, before), has_groups(optimizer, before[::-1])
+        (True, False)
+    """
+    return [id(group) for group in groups] == [id(group) for group in optimizer.param_groups]

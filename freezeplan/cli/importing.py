@@ -18,7 +18,6 @@ from freezeplan.report import terminal
 
 Format = Literal["timm", "finetuning-scheduler", "mmengine"]
 _SUFFIXES = (".yaml", ".yml", ".json")
-_ONE_OF = ".yaml, .yml or .json"
 
 
 def import_(
@@ -105,7 +104,8 @@ def _check_free(out: Path, file: Path, *, overwrite: bool) -> None:
     """Refuse, before anything is read, a place that the plan cannot go to."""
     if out.suffix.lower() not in _SUFFIXES:
         notes = [f"--out {out.stem or 'plan'}.yaml"]
-        raise OutputError(f"a plan is written to a file that ends in {_ONE_OF}", where=str(out), notes=notes)
+        known = f"{', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}"
+        raise OutputError(f"a plan is written to a file that ends in {known}", where=str(out), notes=notes)
     if out.resolve() == file.resolve():
         notes = ["give the plan a file of its own"]
         raise OutputError("OUT is FILE itself, which stays as it is", where=str(out), notes=notes)

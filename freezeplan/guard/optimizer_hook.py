@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from freezeplan.apply.wrapped import has_groups
 from freezeplan.guard.schedulers import Ratios
 
 Look = Callable[[Optimizer, str], None]
@@ -28,6 +29,7 @@ class _Seen:
     """What an optimizer was like when it was last looked at closely."""
 
     groups: list[dict[str, Any]]
+    """Its groups; none where it is to be looked at anew."""
     ours: bool
     """Whether it holds a parameter that is or was the model's."""
     steps: int
@@ -95,7 +97,7 @@ class OptimizerWatcher:
         if self._is_multiplied(optimizer):
             return
         seen = self._seen.get(optimizer)
-        if seen is None or list(map(id, seen.groups)) != list(map(id, optimizer.param_groups)):
+        if seen is None or not has_groups(optimizer, seen.groups):
             steps = seen.steps if seen else 0
             seen = _Seen([*optimizer.param_groups], self._is_ours(optimizer), steps)
             if seen.ours:

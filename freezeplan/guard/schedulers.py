@@ -144,11 +144,15 @@ def decay_fault(optimizer: Optimizer, decays: Mapping[int, float]) -> Problem | 
 def _known(optimizer: Optimizer, rates: Mapping[int, float]) -> list[tuple[str, float, float, dict[str, Any]]]:
     """Name, rate, multiplier and dict of each group that has one multiplier; the rate is NaN where it has none."""
     return [
-        (str(group.get("name") or index), math.nan if lr is None else float(lr), known.pop(), group)
+        (str(group.get("name") or index), _rate(group), known.pop(), group)
         for index, group in enumerate(optimizer.param_groups)
-        for lr in (group.get("lr"),)
         if len(known := _multipliers(group, rates)) == 1
     ]
+
+
+def _rate(group: Mapping[str, Any]) -> float:
+    lr = group.get("lr")
+    return math.nan if lr is None else float(lr)
 
 
 def _multipliers(group: Mapping[str, Any], rates: Mapping[int, float]) -> set[float]:

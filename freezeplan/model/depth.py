@@ -26,9 +26,9 @@ def by_groups(ids: Mapping[str, int], unmatched: Collection[str], head: Collecti
         {'stem.weight': 0, 'blocks.0.weight': 1, 'norm.weight': 1}
     """
     stages: dict[str, int] = {}
-    ahead, none = 0, beside_head(unmatched, head).union(head)
+    ahead, placeless = 0, beside_head(unmatched, head).union(head)
     for name, group in ids.items():
-        if name in none:
+        if name in placeless:
             continue
         ahead = stages[name] = ahead if name in unmatched else group
     return stages

@@ -28,6 +28,7 @@ _META = 2**16
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _CALLED = (".tar", ".tar.gz", ".tgz")
 """How a file is called that may be a damaged tar; of another name it is something else."""
+_READABLE = f"a folder, a {', a '.join(_CALLED[:-1])} or a {_CALLED[-1]} can be read"
 _ZIP = (b"PK\3\4", b"PK\5\6")
 
 
@@ -296,15 +297,12 @@ def _shown(name: str, limit: int = 100) -> str:
 
 
 def _no_tar(path: Path) -> DataError:
-    notes = [
-        "unpack a zip or another archive first, and give the folder",
-        f"a folder, a {', a '.join(_CALLED[:-1])} or a {_CALLED[-1]} can be read",
-    ]
+    notes = ["unpack a zip or another archive first, and give the folder", _READABLE]
     return DataError("no tar archive", where=str(path), notes=notes)
 
 
 def _damaged(path: Path, reason: object) -> DataError:
-    notes = ["download or copy it again; a folder, a .tar, a .tar.gz or a .tgz can be read"]
+    notes = [f"download or copy it again; {_READABLE}"]
     return DataError(f"not a whole tar archive ({reason})", where=str(path), notes=notes)
 
 

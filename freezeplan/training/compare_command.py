@@ -39,6 +39,8 @@ from freezeplan.training.weights import blank, build, check_size, default_image_
 
 TRIALS = "trials"
 """The folder below ``--out`` that keeps each trial."""
+ABOUT = "comparison.json"
+"""What the trials of a comparison have in common, beside them."""
 
 
 def compare_plans(
@@ -102,8 +104,7 @@ def compare_plans(
     stdout, stderr = terminal.stdout(), terminal.stderr()
     loaded = load_plans(plans)
     out = out or Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")
-    check_folder(out)
-    if not resume and (holds_trials(out / TRIALS) or any((out / name).exists() for name in FILES)):
+    if is_taken(out, FILES) and not resume:
         raise OutputError("already holds a comparison", where=str(out), notes=["--resume goes on with it"])
     rates, seeds = list(dict.fromkeys(lr or RATES)), list(dict.fromkeys(seed or [0]))
     found = read_photos(data, seed=seeds[0], data_dir=data_dir, skip_bad=skip_bad)
@@ -131,7 +132,8 @@ def compare_plans(
     same = {key: facts[key] for key in ("data", "model", "images", "training")} | {
         "held-out images": f"seed {seeds[0]}"
     }
-    about, texts = out / TRIALS / "comparison.json", _check_same(out / TRIALS / "comparison.json", same, fitting)
+    about = out / TRIALS / ABOUT
+    texts = _check_same(about, same, fitting)
     size = chosen.image_size
     check_size(build(model, classes=len(found.classes), image_size=size, weights=weights, seed=seeds[0]), model, size)
     with Screen(stderr, len(jobs), epochs) as screen:
@@ -186,29 +188,29 @@ def _check_same(about: Path, facts: Mapping[str, str], plans: Mapping[str, Plan]
         OutputError: If the trials in the folder are others, or what is written there is damaged.
     """
     texts = {f"plan {name}": plan.model_dump_json(exclude_defaults=True) for name, plan in plans.items()}
-    found, now = read_facts(about) if holds_trials(about.parent) else {}, {**facts, **texts}
+    found, now = read_facts(about) if _holds_trials(about.parent) else {}, {**facts, **texts}
     check_same_run(about, found, {name: now.get(name, value) for name, value in found.items()})
     return {**found, **now}
 
 
-def check_folder(out: Path) -> None:
-    """Refuse a path for results that is a file.
+def is_taken(out: Path, files: Sequence[str]) -> bool:
+    """Whether a folder for results holds some of these files, or a trial.
 
     Raises:
-        OutputError: Saying so.
+        OutputError: If it is a file.
+
+    Examples:
+        >>> is_taken(Path("no-such-folder"), FILES)
+        False
     """
     if out.exists() and not out.is_dir():
         raise OutputError("is a file, expected a folder", where=str(out), notes=["give another --out"])
+    return _holds_trials(out / TRIALS) or any((out / name).exists() for name in files)
 
 
-def holds_trials(folder: Path) -> bool:
-    """Whether a trial is kept in a folder, or in one below it.
-
-    Examples:
-        >>> holds_trials(Path("no-such-folder"))
-        False
-    """
-    return any(file.name != "comparison.json" for file in folder.rglob("*.json"))
+def _holds_trials(folder: Path) -> bool:
+    """Whether a trial is kept in a folder, or in one below it."""
+    return any(file.name != ABOUT for file in folder.rglob("*.json"))
 
 
 def begin(about: Path, facts: Mapping[str, Any]) -> None:

@@ -75,6 +75,7 @@ def try_out(
     found: list[list[Trial]] = [[] for _ in range(len(parts))]
     engines = [one_by_one() for _ in found]
     said: dict[str, str] = {}
+    lost: list[Job] = []
     not_again = ""
 
     def short_of(jobs: Sequence[Job], part: int) -> str:
@@ -90,6 +91,7 @@ def try_out(
         done, failed = compare([job], shared, photos, watch, folder=where, engine=engines[part])
         found[part] += done
         if failed:
+            lost.append(job)
             said[job.plan] = f"trial of {job.name}: failed, {failed[job].splitlines()[0]}"
 
     first = parts.holding_out(0)
@@ -114,7 +116,7 @@ def try_out(
                     train(job, part, photos)
     again = tuple(tuple(some) for some in found[1:] if some)
     skipped = (*said.values(), *([not_again] if not_again else []))
-    return Tried(tuple(found[0]), again, skipped, any(": failed, " in sentence for sentence in said.values()))
+    return Tried(tuple(found[0]), again, skipped, bool(lost))
 
 
 def ranking(tried: Tried) -> tuple[Place, ...]:

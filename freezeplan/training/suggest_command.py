@@ -14,16 +14,7 @@ import torch
 
 from freezeplan.errors import OutputError
 from freezeplan.report import terminal
-from freezeplan.training.compare_command import (
-    TRIALS,
-    Screen,
-    begin,
-    check_folder,
-    cores,
-    device_named,
-    holds_trials,
-    print_facts,
-)
+from freezeplan.training.compare_command import TRIALS, Screen, begin, cores, device_named, is_taken, print_facts
 from freezeplan.training.evidence import Budget
 from freezeplan.training.parts import PARTS, in_parts
 from freezeplan.training.photos import read_photos, split_each_class, without_bad
@@ -146,8 +137,7 @@ def suggest_plan(
 
 def _check_free(out: Path, resume: bool, request: dict[str, Any]) -> None:
     """Refuse a folder with another suggestion, or with this one without ``resume``."""
-    check_folder(out)
-    if holds_trials(out / TRIALS) or any((out / name).exists() for name in FILES):
+    if is_taken(out, FILES):
         if not resume:
             raise OutputError("already holds a suggestion", where=str(out), notes=["--resume goes on with it"])
         try:
