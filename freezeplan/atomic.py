@@ -1,10 +1,10 @@
-"""A file that is there whole or not at all: written beside its place, and renamed. No torch."""
+"""Files that are there whole or not at all: written beside their places, and renamed. No torch."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 
@@ -34,6 +34,31 @@ def whole_file(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def write_all(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files into a folder, which is made if need be: all of them or, where that fails, none.
+
+    Args:
+        folder: Files of these names in it are replaced.
+        contents: Name to content.
+
+    Raises:
+        OSError: If they cannot be written.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as there:
+        ...     write_all(Path(there, "run"), {"a.txt": b"1", "b.txt": b"2"})
+        ...     sorted(path.name for path in Path(there, "run").iterdir())
+        ['a.txt', 'b.txt']
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as files:
+        for name, content in contents.items():
+            temporary = files.enter_context(whole_file(folder / name))
+            temporary.write_bytes(content)
+            flush(temporary)
 
 
 def flush(path: Path) -> None:

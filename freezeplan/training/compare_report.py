@@ -6,7 +6,6 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 from rich.text import Text
 
-from freezeplan.atomic import flush, whole_file
+from freezeplan.atomic import write_all
 from freezeplan.errors import OutputError
 from freezeplan.report.terminal import print_table
 from freezeplan.training.ranking import Place, as_rows, front
@@ -169,11 +168,6 @@ def write(out: Path, places: Sequence[Place], results: Mapping[str, Any], title:
     text = json.dumps({**results, "ranking": as_rows(places)}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     contents = dict(zip(FILES, (text.encode(), to_csv(places).encode(), picture, page.encode()), strict=True))
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as files:
-            for name, content in contents.items():
-                temporary = files.enter_context(whole_file(out / name))
-                temporary.write_bytes(content)
-                flush(temporary)
+        write_all(out, contents)
     except OSError as error:
         raise OutputError(f"results cannot be written: {error.strerror or error}", where=str(out)) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from rich.text import Text
 from torch import nn
 
 from freezeplan import Plan, load_plan, resolve_plan
-from freezeplan.atomic import flush, whole_file
+from freezeplan.atomic import write_all
 from freezeplan.errors import OutputError
 from freezeplan.model.describer import describe
 from freezeplan.plan.dump import dump
@@ -252,12 +251,7 @@ def write(out: Path, found: Suggestion, model: nn.Module, facts: Mapping[str, st
     data = json.dumps({"facts": facts, **as_data(found)}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     texts = (plan_text(found, model, facts).encode(), to_svg(found.evidence, title), data.encode())
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as files:
-            for name, content in zip(FILES, texts, strict=True):
-                temporary = files.enter_context(whole_file(out / name))
-                temporary.write_bytes(content)
-                flush(temporary)
+        write_all(out, dict(zip(FILES, texts, strict=True)))
     except OSError as error:
         raise OutputError(f"the suggestion cannot be written: {error.strerror or error}", where=str(out)) from error
     resolve_plan(load_plan(out / FILES[0]), model)

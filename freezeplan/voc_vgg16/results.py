@@ -9,7 +9,6 @@ import math
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import compress, cycle
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 import freezeplan
-from freezeplan.atomic import flush, whole_file
+from freezeplan.atomic import write_all
 from freezeplan.errors import OutputError
 from freezeplan.model import describer
 from freezeplan.training.compare_report import svg
@@ -255,12 +254,7 @@ def write_results(out: Path, results: Mapping[str, Any]) -> None:
     made = json_text.encode(), to_csv(results).encode(), to_summary(results).encode(), to_png(results)
     contents = dict(zip(FILES, made, strict=True))
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as files:
-            for name, content in contents.items():
-                temporary = files.enter_context(whole_file(out / name))
-                temporary.write_bytes(content)
-                flush(temporary)
+        write_all(out, contents)
     except OSError as error:
         reason = error.strerror or type(error).__name__
         notes = ["nothing half-written was left behind; the figures are above"]

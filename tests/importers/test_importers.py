@@ -378,33 +378,20 @@ REFUSED = [
         "s.yaml:1:14: 'a(' is not a regular expression: missing ), unterminated subpattern at character 2",
         id="fts-pattern",
     ),
-    pytest.param(
-        lambda path: finetuning_scheduler.read(path, lr=1.0),
-        "s.yaml",
-        "0: {params: [a], max_transition_epoch: 1}\n1: {params: [b], lr: none}",
-        "s.yaml:2:22: lr of depth 1 is a number above 0, found 'none'",
-        id="fts-rate",
-    ),
-    pytest.param(
-        lambda path: finetuning_scheduler.read(path, lr=1.0),
-        "s.yaml",
-        "0: {params: [a], max_transition_epoch: 1}\n1: {params: [b], lr: .inf}",
-        "s.yaml:2:22: lr of depth 1 is a number above 0, found inf",
-        id="fts-endless-rate",
-    ),
-    pytest.param(
-        lambda path: finetuning_scheduler.read(path, lr=1.0),
-        "s.yaml",
-        "0: {params: [a], max_transition_epoch: 1}\n1: {params: [b], lr: true}",
-        "s.yaml:2:22: lr of depth 1 is a number above 0, found True",
-        id="fts-true",
-    ),
-    pytest.param(
-        lambda path: finetuning_scheduler.read(path, lr=1.0),
-        "s.yaml",
-        f"0: {{params: [a], max_transition_epoch: 1}}\n1: {{params: [b], lr: 1{'0' * 400}}}",
-        f"s.yaml:2:22: lr of depth 1 is a number above 0, found 1{'0' * 400}",
-        id="fts-large-integer",
+    *(
+        pytest.param(
+            lambda path: finetuning_scheduler.read(path, lr=1.0),
+            "s.yaml",
+            f"0: {{params: [a], max_transition_epoch: 1}}\n1: {{params: [b], lr: {written}}}",
+            f"s.yaml:2:22: lr of depth 1 is a number above 0, found {found}",
+            id=f"fts-{name}",
+        )
+        for name, written, found in (
+            ("rate", "none", "'none'"),
+            ("endless-rate", ".inf", "inf"),
+            ("true", "true", "True"),
+            ("large-integer", f"1{'0' * 400}", f"1{'0' * 400}"),
+        )
     ),
     pytest.param(
         lambda path: finetuning_scheduler.read(path, lr=1e-300),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -345,20 +346,17 @@ NO_PLAN = [
         "  the optimizer has the rate 0: infer the plan before a warm-up of your own sets it",
         id="all-rates-0",
     ),
-    pytest.param(
-        lambda: with_group(lr=float("nan")),
-        "optimizer.param_groups[1]: lr is a number of 0 or more, found nan",
-        id="no-number",
-    ),
-    pytest.param(
-        lambda: with_group(lr_scale="a tenth"),
-        "optimizer.param_groups[1]: lr_scale is a number of 0 or more, found 'a tenth'",
-        id="text",
-    ),
-    pytest.param(
-        lambda: with_group(weight_decay=float("inf")),
-        "optimizer.param_groups[1]: weight_decay is a number of 0 or more, found inf",
-        id="endless",
+    *(
+        pytest.param(
+            functools.partial(with_group, **{key: value}),
+            f"optimizer.param_groups[1]: {key} is a number of 0 or more, found {value!r}",
+            id=name,
+        )
+        for name, key, value in (
+            ("no-number", "lr", float("nan")),
+            ("text", "lr_scale", "a tenth"),
+            ("endless", "weight_decay", float("inf")),
+        )
     ),
     pytest.param(
         two_rates_in_one_tensor,
